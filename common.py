@@ -19,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import time
+import warnings
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -31,6 +32,7 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
+warnings.filterwarnings("ignore", message=".*torch.jit.script.* is deprecated")  # torch's own use
 HERE = Path(__file__).resolve().parent
 DATASETS = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "glyphs": "glyphs"}
 
@@ -559,3 +561,16 @@ def table(header: Sequence[str], rows: Sequence[Sequence]) -> str:
     """A markdown table; the first column is text, the others numbers."""
     lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def paired(a: Sequence[float], b: Sequence[float], unit: str = "", digits: int = 2) -> str:
+    """The mean difference a - b over paired seeds, its 95 % t-interval and what that supports, as text."""
+    from scipy.stats import t  # comes with scikit-learn
+
+    d, n = np.subtract(a, b), len(a)
+    if n < 2:
+        return f"a difference of {d.mean():+.{digits}f}{unit} at n={n}, which supports no conclusion"
+    half = t.ppf(0.975, n - 1) * d.std(ddof=1) / math.sqrt(n)
+    verdict = "a significant" if abs(d.mean()) > half else "no significant"
+    return (f"{verdict} difference at n={n} ({d.mean():+.{digits}f}{unit}, 95 % interval "
+            f"{d.mean() - half:+.{digits}f} to {d.mean() + half:+.{digits}f})")
