@@ -213,7 +213,7 @@ def glyphs(seed: int = 0) -> Data:
     y = torch.arange(70_000) % 10
     y = torch.cat([y[:60_000][torch.randperm(60_000, generator=g)], y[60_000:][torch.randperm(10_000, generator=g)]])
     which = torch.randint(len(fonts) * 3, (70_000,), generator=g) * 10 + y
-    uniform = lambda low, high, *shape: low + (high - low) * torch.rand(70_000, *shape, generator=g)  # noqa: E731
+    uniform = lambda low, high, *shape: low + (high - low) * torch.rand(70_000, *shape, generator=g)
     angle, shear, slant = uniform(-0.3, 0.3), uniform(-0.25, 0.25), uniform(-0.15, 0.15)
     sx, sy = uniform(1.0, 1.5), uniform(1.0, 1.35)  # > 1 shrinks the digit: MNIST leaves a margin too
     cos, sin = angle.cos(), angle.sin()
@@ -376,7 +376,7 @@ def manifold_metrics(real: Tensor, fake: Tensor, k: int = 5) -> dict[str, float]
         balls += inside.sum(0)
         covered.append(inside.any(1))
         recalled.append((distance < r_fake).any(1))
-    share = lambda hits: float(torch.cat(hits).double().mean())  # noqa: E731
+    share = lambda hits: float(torch.cat(hits).double().mean())
     return {"precision": float((balls > 0).double().mean()), "recall": share(recalled),
             "density": float(balls.double().mean()) / k, "coverage": share(covered)}
 
@@ -403,7 +403,7 @@ def class_share(probs: Tensor, held_out_probs: Tensor, held_out_y: Tensor, draws
     if not len(probs) or not confusion.sum(1).all():
         raise ValueError("class_share needs images, and labelled images of every class")
     rng = np.random.default_rng(0)
-    solve = lambda q, c: np.linalg.solve(np.swapaxes(c, -1, -2), q[..., None])[..., 0].clip(0, 1)  # noqa: E731
+    solve = lambda q, c: np.linalg.solve(np.swapaxes(c, -1, -2), q[..., None])[..., 0].clip(0, 1)
     counted = said / said.sum()
     rows = np.stack([rng.dirichlet(row + 0.1, draws) for row in confusion], 1)  # (draws, 10, 10)
     low, high = np.quantile(solve(rng.dirichlet(said + 0.1, draws), rows), [0.025, 0.975], axis=0)
