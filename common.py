@@ -1,8 +1,10 @@
-"""What the four studies must share for their numbers to be comparable, and the plumbing nobody comes to read.
+"""What the four studies must share for their numbers to be comparable, and the plumbing nobody
+comes to read.
 
-Data, the metric classifier and the metrics, figures, run folders, report tables. Models, objectives and training
-loops are not here: each script shows its own. Ranges and units, everywhere: images `x` are (N, 1, 28, 28) float32
-in [0, 1]; labels `y` are (N,) int64 in 0..9; features are (N, D); losses are nats per image.
+Data, the metric classifier and the metrics, figures, run folders, report tables. Models, objectives
+and training loops are not here: each script shows its own. Ranges and units, everywhere: images `x`
+are (N, 1, 28, 28) float32 in [0, 1]; labels `y` are (N,) int64 in 0..9; features are (N, D); losses
+are nats per image.
 """
 
 import argparse
@@ -37,15 +39,19 @@ HERE = Path(__file__).resolve().parent
 DATASETS = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "glyphs": "glyphs"}
 
 
-# ------------------------------------------------------------------------------------------------ flags and errors
+# --------------------------------------------------------------------------------- flags and errors
 
 
 class UserError(Exception):
-    """A mistake the user can mend. Its message is one line: the value, what is allowed, the next step."""
+    """A mistake the user can mend. Its message is one line: the value, what is allowed, the next
+    step.
+    """
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser with the flags every script has; a bad value is one line and exit status 2."""
+    """An argument parser with the flags every script has; a bad value is one line and exit status
+    2.
+    """
 
     def __init__(self, doc: str, *, epochs: int, batch_size: int, lr: float):
         super().__init__(
@@ -54,19 +60,27 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False,
         )
         flag = self.add_argument
-        flag("--dataset", choices=DATASETS, help="if not given: mnist if at hand or reachable, else glyphs")
-        flag("--data-dir", default=os.environ.get("MNIST_DATA_DIR") or "data", help="torchvision's layout")
+        flag("--dataset", choices=DATASETS,
+             help="if not given: mnist if at hand or reachable, else glyphs")
+        flag("--data-dir", default=os.environ.get("MNIST_DATA_DIR") or "data",
+             help="torchvision's layout")
         flag("--out-dir", default="results", help="run folders and reports are written below it")
         flag("--epochs", type=number(int, 1), default=epochs, help="passes over the training set")
         flag("--batch-size", type=number(int, 1), default=batch_size, help="images per step")
         flag("--lr", type=number(float, 0, above=True), default=lr, help="Adam's rate at the start")
         flag("--seeds", type=number(int, 0, 2**31), nargs="+", default=[0], help="one run for each")
-        flag("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="auto: the fastest there is")
-        flag("--train-size", type=number(int, 1), help="train on a seeded subset of N images (smoke runs)")
-        flag("--fresh", action="store_true", help="discard what the run folders hold and start over")
-        flag("--report-only", action="store_true", help="train nothing: rebuild the report from the finished runs")
-        flag("--shard", type=shard, default=(0, 1), metavar="K/N", help="only every N-th run, from the K-th")
-        flag("--compile", action="store_true", help="compile the training step (needs a C++ compiler)")
+        flag("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto",
+             help="auto: the fastest there is")
+        flag("--train-size", type=number(int, 1),
+             help="train on a seeded subset of N images (smoke runs)")
+        flag("--fresh", action="store_true",
+             help="discard what the run folders hold and start over")
+        flag("--report-only", action="store_true",
+             help="train nothing: rebuild the report from the finished runs")
+        flag("--shard", type=shard, default=(0, 1), metavar="K/N",
+             help="only every N-th run, from the K-th")
+        flag("--compile", action="store_true",
+             help="compile the training step (needs a C++ compiler)")
         flag("--tensorboard", action="store_true", help="also write TensorBoard logs")
 
     def error(self, message: str):
@@ -82,7 +96,8 @@ def number(kind: type, low: float, high: float = math.inf, above: bool = False):
             if math.isfinite(value) and low <= value <= high and not (above and value == low):
                 return value
         span = f"{'>' if above else '>='} {low}" + (f" and <= {high}" if high < math.inf else "")
-        raise argparse.ArgumentTypeError(f"{text!r} is not {'an integer' if kind is int else 'a number'} {span}")
+        raise argparse.ArgumentTypeError(f"{text!r} is not "
+                                         f"{'an integer' if kind is int else 'a number'} {span}")
 
     return parse
 
@@ -96,23 +111,28 @@ def shard(text: str) -> tuple[int, int]:
 
 
 def guard(main) -> None:
-    """Run a script's main: errors of the user's are one line and exit status 2, Ctrl-C one line and 130."""
+    """Run a script's main: errors of the user's are one line and exit status 2, Ctrl-C one line and
+    130.
+    """
     try:
         main()
     except UserError as error:
         sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
     except KeyboardInterrupt:
-        sys.exit(print("interrupted; the same command continues from the last epoch", file=sys.stderr) or 130)
+        sys.exit(print("interrupted; the same command continues from the last epoch",
+                       file=sys.stderr) or 130)
 
 
-# -------------------------------------------------------------------------------------------------- device and seeds
+# --------------------------------------------------------------------------------- device and seeds
 
 
 def pick_device(name: str) -> torch.device:
     """The device asked for; prints the choice. Raises UserError if it is not there."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+             "cpu": True}
     if name != "auto" and not there[name]:
-        raise UserError(f"--device {name}: this machine has none that torch can use; take --device auto")
+        raise UserError(f"--device {name}: this machine has none that torch can use; take "
+                        f"--device auto")
     chosen = name if name != "auto" else next(d for d, ok in there.items() if ok)
     torch.set_float32_matmul_precision("high")  # TF32 on CUDA; statistics are float64 on the CPU
     print(f"device: {chosen}" + ("" if name != "auto" else " (the fastest here)"))
@@ -130,11 +150,12 @@ def generator(*key: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(seed_from(*key))
 
 
-# -------------------------------------------------------------------------------------------------------------- data
+# --------------------------------------------------------------------------------------------- data
 
 
 class Data(NamedTuple):
-    """A dataset in memory: 60,000 training and 10,000 test images with labels (units: see the top)."""
+    """A dataset in memory: 60,000 training and 10,000 test images with labels (units: see the top).
+    """
 
     name: str
     x_train: Tensor
@@ -146,7 +167,8 @@ class Data(NamedTuple):
 def load_data(dataset: str | None, data_dir: str) -> Data:
     """The named dataset, or without a name MNIST and, where there is none, glyphs (with a warning).
 
-    Raises UserError if a named dataset cannot be had, or if a file on disk is not what it should be.
+    Raises UserError if a named dataset cannot be had, or if a file on disk is not what it should
+    be.
     """
     if dataset == "glyphs":
         return glyphs()
@@ -156,7 +178,8 @@ def load_data(dataset: str | None, data_dir: str) -> Data:
         if dataset:
             raise UserError(f"{dataset} is not in {data_dir} and cannot be downloaded ({error}); "
                             "name its folder with --data-dir, or take --dataset glyphs") from None
-    print(f"warning: no MNIST in {data_dir} and no network: using the built-in glyphs", file=sys.stderr)
+    print(f"warning: no MNIST in {data_dir} and no network: using the built-in glyphs",
+          file=sys.stderr)
     return glyphs()
 
 
@@ -166,7 +189,8 @@ def _torchvision_data(dataset: str, data_dir: str) -> Data:
     name = DATASETS[dataset]
     cls = getattr(torchvision.datasets, name)
     raw = Path(data_dir) / name / "raw"
-    files = {f"{split}-{part}-ubyte": (n, dims) for split, n in [("train", 60_000), ("t10k", 10_000)]
+    files = {f"{split}-{part}-ubyte": (n, dims) for split, n in [("train", 60_000),
+                                                                 ("t10k", 10_000)]
              for part, dims in [("images-idx3", (28, 28)), ("labels-idx1", ())]}
     if not all((raw / file).is_file() for file in files):
         try:
@@ -178,9 +202,11 @@ def _torchvision_data(dataset: str, data_dir: str) -> Data:
         header = b"".join(v.to_bytes(4, "big") for v in [0x800 + 1 + len(dims), n, *dims])
         body = (raw / file).read_bytes()
         if body[: len(header)] != header:
-            raise UserError(f"{raw / file} does not begin like a {name} file; delete it to download it again")
+            raise UserError(f"{raw / file} does not begin like a {name} file; delete it to "
+                            f"download it again")
         if len(body) != len(header) + n * math.prod(dims):
-            raise UserError(f"{raw / file} has {len(body)} bytes, not {len(header) + n * math.prod(dims)}: "
+            raise UserError(f"{raw / file} has {len(body)} bytes, not "
+                            f"{len(header) + n * math.prod(dims)}: "
                             "truncated or foreign; delete it to download it again")
         if not dims and max(body[len(header):]) > 9:
             raise UserError(f"{raw / file} has labels outside 0..9; delete it to download it again")
@@ -191,31 +217,39 @@ def _torchvision_data(dataset: str, data_dir: str) -> Data:
 
 @functools.lru_cache(1)
 def glyphs(seed: int = 0) -> Data:
-    """60,000 + 10,000 digits drawn from matplotlib's fonts: random stroke width, affine map and bend.
+    """60,000 + 10,000 digits drawn from matplotlib's fonts: random stroke width, affine map and
+    bend.
 
-    Needs no file and no network; about three seconds. Deterministic given the seed and matplotlib's version.
+    Needs no file and no network; about three seconds. Deterministic given the seed and matplotlib's
+    version.
     """
     from PIL import Image, ImageDraw, ImageFont
 
     folder = Path(matplotlib.get_data_path()) / "fonts/ttf"
-    fonts = ["DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSansMono", "DejaVuSerif", "DejaVuSerif-Bold",
-             "DejaVuSerif-Italic", "STIXGeneral", "STIXGeneralItalic", "STIXGeneralBol", "cmr10", "cmss10", "cmtt10"]
+    fonts = ["DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSansMono",
+             "DejaVuSerif", "DejaVuSerif-Bold",
+             "DejaVuSerif-Italic", "STIXGeneral", "STIXGeneralItalic", "STIXGeneralBol", "cmr10",
+             "cmss10", "cmtt10"]
     drawn = np.zeros((len(fonts), 3, 10, 64, 64), np.float32)
     for f, font in enumerate(fonts):
         face = ImageFont.truetype(str(folder / f"{font}.ttf"), 52)
         for width in range(3):
             for digit in range(10):
                 picture = Image.new("L", (64, 64))
-                ImageDraw.Draw(picture).text((32, 32), str(digit), 255, face, "mm", stroke_width=width)
+                ImageDraw.Draw(picture).text((32, 32), str(digit), 255, face, "mm",
+                                             stroke_width=width)
                 drawn[f, width, digit] = np.asarray(picture) / 255
-    base = F.avg_pool2d(torch.from_numpy(drawn).view(-1, 1, 64, 64), 3, 1, 1)  # soft edges survive shrinking
+    # soft edges survive shrinking
+    base = F.avg_pool2d(torch.from_numpy(drawn).view(-1, 1, 64, 64), 3, 1, 1)
     g = generator(seed, "glyphs")
     y = torch.arange(70_000) % 10
-    y = torch.cat([y[:60_000][torch.randperm(60_000, generator=g)], y[60_000:][torch.randperm(10_000, generator=g)]])
+    y = torch.cat([y[:60_000][torch.randperm(60_000, generator=g)],
+                   y[60_000:][torch.randperm(10_000, generator=g)]])
     which = torch.randint(len(fonts) * 3, (70_000,), generator=g) * 10 + y
     uniform = lambda low, high, *shape: low + (high - low) * torch.rand(70_000, *shape, generator=g)
     angle, shear, slant = uniform(-0.3, 0.3), uniform(-0.25, 0.25), uniform(-0.15, 0.15)
-    sx, sy = uniform(1.0, 1.5), uniform(1.0, 1.35)  # > 1 shrinks the digit: MNIST leaves a margin too
+    # > 1 shrinks the digit: MNIST leaves a margin too
+    sx, sy = uniform(1.0, 1.5), uniform(1.0, 1.35)
     cos, sin = angle.cos(), angle.sin()
     theta = torch.stack([sx * cos, -sx * sin + shear, uniform(-0.15, 0.15),
                          sy * sin + slant, sy * cos, uniform(-0.15, 0.15)], 1).view(-1, 2, 3)
@@ -230,11 +264,13 @@ def glyphs(seed: int = 0) -> Data:
     return Data("glyphs", x[:60_000], y[:60_000], x[60_000:], y[60_000:])
 
 
-# ------------------------------------------------------------------------------------------- the metric classifier
+# ---------------------------------------------------------------------------- the metric classifier
 
 
 class MetricClassifier(nn.Module):
-    """A small CNN (116,000 parameters) that every metric looks through; always in eval mode outside its training."""
+    """A small CNN (116,000 parameters) that every metric looks through; always in eval mode outside
+    its training.
+    """
 
     def __init__(self, width: int = 24):
         super().__init__()
@@ -244,8 +280,10 @@ class MetricClassifier(nn.Module):
             return [conv, *([nn.MaxPool2d(2)] if pool else []), nn.BatchNorm2d(o), nn.ReLU()]
 
         w = width
-        self.body = nn.Sequential(  # (B, 1, 28, 28) -> (B, w, 14, 14) -> (B, 2w, 7, 7) -> (B, 3w, 4, 4) -> (B, 64)
-            *block(1, w), *block(w, 2 * w), *block(2 * w, 3 * w, stride=2, pool=False), nn.Flatten(),
+        # (B, 1, 28, 28) -> (B, w, 14, 14) -> (B, 2w, 7, 7) -> (B, 3w, 4, 4) -> (B, 64)
+        self.body = nn.Sequential(
+            *block(1, w), *block(w, 2 * w), *block(2 * w, 3 * w, stride=2, pool=False),
+            nn.Flatten(),
             nn.Dropout(0.3), nn.Linear(3 * w * 16, 64, bias=False), nn.BatchNorm1d(64), nn.ReLU())
         self.head = nn.Linear(64, 10)
         self.accuracy, self.sha256 = math.nan, ""  # set by load_classifier
@@ -256,18 +294,24 @@ class MetricClassifier(nn.Module):
 
     @torch.inference_mode()
     def look(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """What the metrics use: penultimate features (N, 64) and class probabilities (N, 10), on the CPU."""
+        """What the metrics use: penultimate features (N, 64) and class probabilities (N, 10), on
+        the CPU.
+        """
         assert not self.training, "the metric classifier measures in eval mode"
         device = self.head.weight.device
-        f = [self.body(c.to(device, memory_format=torch.channels_last)).cpu() for c in x.split(1000)]
+        f = [self.body(c.to(device, memory_format=torch.channels_last)).cpu()
+             for c in x.split(1000)]
         f = torch.cat(f) if f else torch.empty(0, 64)
-        return f, self.head.cpu()(f).softmax(1) if device.type == "cpu" else self.head(f.to(device)).softmax(1).cpu()
+        return f, torch.cat([self.head(c.to(device)).softmax(1).cpu() for c in f.split(1000)])
 
 
-def train_classifier(data: Data, device: torch.device, epochs: int = 10, batch_size: int = 128) -> dict[str, Tensor]:
-    """Weights (float16, CPU) of a classifier trained on the full balanced training set; about 80 s on two cores.
+def train_classifier(data: Data, device: torch.device, epochs: int = 10,
+                     batch_size: int = 128) -> dict[str, Tensor]:
+    """Weights (float16, CPU) of a classifier trained on the full balanced training set; about 80 s
+    on two cores.
 
-    Plain cross-entropy, no label smoothing: p >= 0.9 must mean something. Random shifts for digits, flips for fashion.
+    Plain cross-entropy, no label smoothing: p >= 0.9 must mean something. Random shifts for digits,
+    flips for fashion.
     """
     g, n = generator("classifier", data.name), len(data.x_train)
     with torch.random.fork_rng():
@@ -276,9 +320,11 @@ def train_classifier(data: Data, device: torch.device, epochs: int = 10, batch_s
         x, y = data.x_train.to(device), data.y_train.to(device)
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.02)
         steps = n // batch_size
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.01, total_steps=epochs * steps, pct_start=0.2)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.01, total_steps=epochs * steps,
+                                                       pct_start=0.2)
         for _ in range(epochs):
-            for batch in torch.randperm(n, generator=g)[: steps * batch_size].view(steps, -1).to(device):
+            for batch in torch.randperm(n, generator=g)[: steps * batch_size].view(steps,
+                                                                                   -1).to(device):
                 xb, half = x[batch], batch_size // 2
                 if data.name == "fashion-mnist":
                     xb = torch.cat([xb[:half], xb[half:].flip(3)])
@@ -289,41 +335,48 @@ def train_classifier(data: Data, device: torch.device, epochs: int = 10, batch_s
                 loss.backward()
                 optimizer.step()
                 schedule.step()
-    return {k: v.cpu().half() if v.is_floating_point() else v.cpu() for k, v in model.state_dict().items()}
+    return {k: v.cpu().half() if v.is_floating_point() else v.cpu() for k,
+            v in model.state_dict().items()}
 
 
-def load_classifier(data: Data, device: torch.device, folder: Path = HERE / "results/classifiers") -> MetricClassifier:
+def load_classifier(data: Data, device: torch.device,
+                    folder: Path = HERE / "results/classifiers") -> MetricClassifier:
     """The metric classifier of a dataset, trained and cached in `folder` when it is not there.
 
     Its `accuracy` is that on the 10,000 test images, its `sha256` that of the weights' file.
     """
     path = folder / f"{data.name}.pt"
     if not path.is_file():
-        print(f"training the metric classifier for {data.name} (once; 1-2 minutes on two cores)", file=sys.stderr)
+        print(f"training the metric classifier for {data.name} (once; 1-2 minutes on two cores)",
+              file=sys.stderr)
         state = train_classifier(data, device)
         folder.mkdir(parents=True, exist_ok=True)
         save_torch(path, state)
     model = MetricClassifier()
     try:
-        model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in load_torch(path).items()})
+        model.load_state_dict({k: v.float() if v.is_floating_point() else v for k,
+                               v in load_torch(path).items()})
     except (RuntimeError, AttributeError):
-        raise UserError(f"{path} does not hold a metric classifier; delete it to train it again") from None
+        raise UserError(f"{path} does not hold a metric classifier; delete it to train it "
+                        f"again") from None
     model = model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
     model.sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     model.accuracy = (model.look(data.x_test)[1].argmax(1) == data.y_test).double().mean().item()
     return model
 
 
-# ----------------------------------------------------------------------------------------------------------- metrics
+# ------------------------------------------------------------------------------------------ metrics
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
-    """Fréchet distance between Gaussians fitted to features a (N, D) and b (M, D): "FID", in squared feature units.
+    """Fréchet distance between Gaussians fitted to features a (N, D) and b (M, D): "FID", in
+    squared feature units.
 
-    |mu_a - mu_b|^2 + tr(Sa + Sb - 2 (Sa^1/2 Sb Sa^1/2)^1/2), covariances with N - 1, float64. The square root is taken
-    by symmetric eigenvalues, so it is real and works for fewer samples than dimensions. Biased up for small N, M:
-    report the floor. Source: Dowson and Landau 1982; Heusel et al. 2017 (arXiv:1706.08500).
-    Raises ValueError unless both are matrices with D columns and at least two rows.
+    |mu_a - mu_b|^2 + tr(Sa + Sb - 2 (Sa^1/2 Sb Sa^1/2)^1/2), covariances with N - 1, float64. The
+    square root is taken by symmetric eigenvalues, so it is real and works for fewer samples than
+    dimensions. Biased up for small N, M: report the floor. Source: Dowson and Landau 1982; Heusel
+    et al. 2017 (arXiv:1706.08500). Raises ValueError unless both are matrices with D columns and at
+    least two rows.
     """
     _check_features(a, b, 2)
     a, b = a.double().cpu(), b.double().cpu()
@@ -335,7 +388,8 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
 
 
 def kernel_distance(a: Tensor, b: Tensor) -> float:
-    """Unbiased squared MMD with kernel (x.y / D + 1)^3 of features (N, D), (M, D): "KID", over all pairs.
+    """Unbiased squared MMD with kernel (x.y / D + 1)^3 of features (N, D), (M, D): "KID", over all
+    pairs.
 
     Zero on average for equal distributions, so sometimes negative; not scale-invariant.
     Source: Binkowski et al. 2018 (arXiv:1801.01401). Raises ValueError as frechet_distance.
@@ -347,7 +401,8 @@ def kernel_distance(a: Tensor, b: Tensor) -> float:
         return sum(float((c @ v.T / u.shape[1] + 1).pow_(3).sum()) for c in u.split(2000))
 
     def off_diagonal(u: Tensor) -> float:
-        return (total(u, u) - float((u.square().sum(1) / u.shape[1] + 1).pow(3).sum())) / (len(u) * (len(u) - 1))
+        return (total(u, u) - float((u.square().sum(1) / u.shape[1]
+                                     + 1).pow(3).sum())) / (len(u) * (len(u) - 1))
 
     return off_diagonal(a) + off_diagonal(b) - 2 * total(a, b) / (len(a) * len(b))
 
@@ -355,23 +410,25 @@ def kernel_distance(a: Tensor, b: Tensor) -> float:
 def manifold_metrics(real: Tensor, fake: Tensor, k: int = 5) -> dict[str, float]:
     """Precision, recall, density and coverage of fake features (M, D) against real ones (N, D).
 
-    A ball around each point reaches to its k-th nearest neighbour of its own set (strictly inside counts). For equal
-    distributions density is 1 and coverage 1 - 2^-k (N = M) on average. Chunked: memory stays below 1 GB.
-    Source: Kynkäänniemi et al. 2019 (arXiv:1904.06991); Naeem et al. 2020 (arXiv:2002.09797).
-    Raises ValueError unless both have more than k rows.
+    A ball around each point reaches to its k-th nearest neighbour of its own set (strictly inside
+    counts). For equal distributions density is 1 and coverage 1 - 2^-k (N = M) on average. Chunked:
+    memory stays below 1 GB. Source: Kynkäänniemi et al. 2019 (arXiv:1904.06991); Naeem et al. 2020
+    (arXiv:2002.09797). Raises ValueError unless both have more than k rows.
     """
     _check_features(real, fake, k + 1)
     real, fake = real.double().cpu(), fake.double().cpu()
 
+    def distances(u: Tensor, v: Tensor) -> Tensor:  # exact: by products, small ones would cancel
+        return torch.cdist(u, v, compute_mode="donot_use_mm_for_euclid_dist")
+
     def radii(u: Tensor) -> Tensor:  # the point itself is at distance 0, hence k + 1
-        return torch.cat([torch.cdist(c, u, compute_mode="donot_use_mm_for_euclid_dist").kthvalue(k + 1).values
-                          for c in u.split(1000)])
+        return torch.cat([distances(c, u).kthvalue(k + 1).values for c in u.split(1000)])
 
     r_real, r_fake = radii(real), radii(fake)
     balls = torch.zeros(len(fake))  # how many real balls hold each fake point
     covered, recalled = [], []
     for c, r in zip(real.split(1000), r_real.split(1000), strict=True):
-        distance = torch.cdist(c, fake, compute_mode="donot_use_mm_for_euclid_dist")  # (<= 1000, M)
+        distance = distances(c, fake)  # (<= 1000, M)
         inside = distance < r[:, None]
         balls += inside.sum(0)
         covered.append(inside.any(1))
@@ -383,19 +440,23 @@ def manifold_metrics(real: Tensor, fake: Tensor, k: int = 5) -> dict[str, float]
 
 def _check_features(a: Tensor, b: Tensor, rows: int) -> None:
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < rows:
-        raise ValueError(f"features must be (N, D) and (M, D) with N, M >= {rows}, not {tuple(a.shape)} "
+        raise ValueError(f"features must be (N, D) and (M, D) with N, M >= {rows}, not "
+                         f"{tuple(a.shape)} "
                          f"and {tuple(b.shape)}")
 
 
-def class_share(probs: Tensor, held_out_probs: Tensor, held_out_y: Tensor, draws: int = 4000) -> dict[str, np.ndarray]:
-    """Class shares of images from classifier probabilities (N, 10), corrected for the classifier's confusion.
+def class_share(probs: Tensor, held_out_probs: Tensor, held_out_y: Tensor,
+                draws: int = 4000) -> dict[str, np.ndarray]:
+    """Class shares of images from classifier probabilities (N, 10), corrected for the classifier's
+    confusion.
 
-    The confusion is measured on labelled real images (M, 10), (M,) that are not among those judged. With
-    C[t, c] = P(says c | is t), the counted shares q obey q = pi C: pi is solved for (Rogan and Gladen 1978, ten
-    classes at once), clipped to [0, 1]. The 95 % interval covers both counts: it is the range of pi under Dirichlet
-    posteriors of q and of C's rows (one pseudo-count each, spread evenly). Returns arrays (10,): "counted" (arg-max),
-    "share", "low", "high". It corrects for images like the real ones; blends that no real image resembles are beyond
-    it. Raises ValueError for no images, or if a class is missing from the labelled ones.
+    The confusion is measured on labelled real images (M, 10), (M,) that are not among those judged.
+    With C[t, c] = P(says c | is t), the counted shares q obey q = pi C: pi is solved for (Rogan and
+    Gladen 1978, ten classes at once), clipped to [0, 1]. The 95 % interval covers both counts: it
+    is the range of pi under Dirichlet posteriors of q and of C's rows (one pseudo-count each,
+    spread evenly). Returns arrays (10,): "counted" (arg-max), "share", "low", "high". It corrects
+    for images like the real ones; blends that no real image resembles are beyond it. Raises
+    ValueError for no images, or if a class is missing from the labelled ones.
     """
     said = np.bincount(probs.argmax(1).cpu().numpy(), minlength=10).astype(float)
     confusion = np.zeros((10, 10))
@@ -407,25 +468,31 @@ def class_share(probs: Tensor, held_out_probs: Tensor, held_out_y: Tensor, draws
     counted = said / said.sum()
     rows = np.stack([rng.dirichlet(row + 0.1, draws) for row in confusion], 1)  # (draws, 10, 10)
     low, high = np.quantile(solve(rng.dirichlet(said + 0.1, draws), rows), [0.025, 0.975], axis=0)
-    return {"counted": counted, "share": solve(counted, confusion / confusion.sum(1, keepdims=True)),
+    return {"counted": counted, "share": solve(counted, confusion / confusion.sum(1,
+                                                                                  keepdims=True)),
             "low": low, "high": high}
 
 
 def nearest(x: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each image (or vector) its L2 distance to the nearest of `reference` and that one's index, (N,) each."""
+    """Of each image (or vector) its L2 distance to the nearest of `reference` and that one's index,
+    (N,) each.
+    """
     a, b = x.flatten(1), reference.flatten(1)
     norm = b.square().sum(1)
     found = [torch.addmm(norm, c, b.T, alpha=-2).min(1) for c in a.split(1000)]
     index = torch.cat([f.indices for f in found])
-    return (a - b[index]).norm(dim=1), index  # recomputed: the expansion above cancels for near copies
+    # recomputed: the expansion above cancels for near copies
+    return (a - b[index]).norm(dim=1), index
 
 
-# ----------------------------------------------------------------------------------------------- runs on disk
+# ------------------------------------------------------------------------------------- runs on disk
 
 
 @contextlib.contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`, renamed to it if the block ends well: no reader sees half a file."""
+    """A temporary name beside `path`, renamed to it if the block ends well: no reader sees half a
+    file.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{os.getpid()}-{path.name}")
     try:
@@ -468,7 +535,9 @@ def load_torch(path: Path) -> dict:
 
 
 def open_run(folder: Path, config: dict, fresh: bool) -> None:
-    """Make a run's folder with its config.json, or check that what is there has the same configuration."""
+    """Make a run's folder with its config.json, or check that what is there has the same
+    configuration.
+    """
     if fresh and folder.exists():
         shutil.rmtree(folder)
     file = folder / "config.json"
@@ -477,7 +546,8 @@ def open_run(folder: Path, config: dict, fresh: bool) -> None:
     there = load_json(file)
     for key in [*config, *there]:
         if config.get(key) != there.get(key):
-            raise UserError(f"{folder} holds a run with {key} = {there.get(key)}, not {config.get(key)}; "
+            raise UserError(f"{folder} holds a run with {key} = {there.get(key)}, not "
+                            f"{config.get(key)}; "
                             "--fresh replaces it, another --out-dir keeps it")
 
 
@@ -501,17 +571,23 @@ def save_history(path: Path, history: list[dict]) -> None:
 
 
 def environment(device: torch.device) -> dict:
-    """Where and how a number was made. These fields and seconds are all that may differ between equal runs."""
+    """Where and how a number was made. These fields and seconds are all that may differ between
+    equal runs.
+    """
     name = platform.processor() or platform.machine()
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     elif Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next((line.split(":")[1].strip() for line in lines if "model name" in line), name)
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True)
-    return {"command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]), "commit": git.stdout.strip() or "unknown",
-            "device": f"{device.type}: {name}", "threads": torch.get_num_threads(), "torch": torch.__version__,
-            "numpy": np.__version__, "python": platform.python_version(), "date": time.strftime("%Y-%m-%d")}
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True,
+                         text=True)
+    return {"command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "commit": git.stdout.strip() or "unknown",
+            "device": f"{device.type}: {name}", "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "numpy": np.__version__, "python": platform.python_version(),
+            "date": time.strftime("%Y-%m-%d")}
 
 
 def summary_writer(folder: Path):
@@ -523,7 +599,7 @@ def summary_writer(folder: Path):
     return SummaryWriter(str(folder))
 
 
-# --------------------------------------------------------------------------------------- figures and report tables
+# ------------------------------------------------------------------------ figures and report tables
 
 
 def save_figure(path: Path, figure: Figure) -> None:
@@ -533,7 +609,8 @@ def save_figure(path: Path, figure: Figure) -> None:
 
 
 def save_grid(path: Path, x: Tensor, columns: int, title: str, notes: Sequence[str] = ()) -> None:
-    """Images (N, 1, 28, 28) in rows of `columns`, black on white like ink; `notes` label the rows."""
+    """Images (N, 1, 28, 28) in rows of `columns`, black on white like ink; `notes` label the rows.
+    """
     rows = -(-len(x) // columns)
     tiles = torch.zeros(rows * columns, 30, 30)
     tiles[: len(x), 1:-1, 1:-1] = x[:, 0].cpu()
@@ -550,7 +627,9 @@ def save_grid(path: Path, x: Tensor, columns: int, title: str, notes: Sequence[s
 
 
 def mean_std(values: Sequence[float], digits: int = 2) -> str:
-    """'0.97 ± 0.03' (standard deviation over seeds, n - 1), or '0.97' for one value and '–' for none."""
+    """'0.97 ± 0.03' (standard deviation over seeds, n - 1), or '0.97' for one value and '–' for
+    none.
+    """
     if not values:
         return "–"
     text = f"{np.mean(values):.{digits}f}"
@@ -564,12 +643,14 @@ def table(header: Sequence[str], rows: Sequence[Sequence]) -> str:
 
 
 def paired(a: Sequence[float], b: Sequence[float], unit: str = "", digits: int = 2) -> str:
-    """The mean difference a - b over paired seeds, its 95 % t-interval and what that supports, as text."""
+    """The mean difference a - b over paired seeds, its 95 % t-interval and what that supports, as
+    text.
+    """
     from scipy.stats import t  # comes with scikit-learn
 
     d, n = np.subtract(a, b), len(a)
     if n < 2:
-        return f"a difference of {d.mean():+.{digits}f}{unit} at n={n}, which supports no conclusion"
+        return f"{d.mean():+.{digits}f}{unit} at n={n}, which supports no conclusion,"
     half = t.ppf(0.975, n - 1) * d.std(ddof=1) / math.sqrt(n)
     verdict = "a significant" if abs(d.mean()) > half else "no significant"
     return (f"{verdict} difference at n={n} ({d.mean():+.{digits}f}{unit}, 95 % interval "

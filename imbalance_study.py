@@ -1,13 +1,14 @@
 """Does a generative model keep a rare class, and does the geometry of its latent space matter?
 
-MNIST is thinned until one digit is rare (digit 9 at 2 %: 1,000 of 50,000 training images). A VAE, an
-autoencoder (AE) and an autoencoder with geometric regularisation (GA-AE) learn from it without labels;
-four samplers draw codes for each. A classifier that knows all ten digits counts what comes out: the
-rare class's lift is its share among samples over its share in training (1 is faithful).
+MNIST is thinned until one digit is rare (digit 9 at 2 %: 1,000 of 50,000 training images). A VAE,
+an autoencoder (AE) and an autoencoder with geometric regularisation (GA-AE) learn from it without
+labels; four samplers draw codes for each. A classifier that knows all ten digits counts what comes
+out: the rare class's lift is its share among samples over its share in training (1 is faithful).
 
-    python imbalance_study.py --model ga-ae --rare-digit 9        # the main job
-    python imbalance_study.py --geometry 0 5 --seeds 0 1 2        # the whole study with its ablation
-    python imbalance_study.py --epochs 1 --train-size 2000 --samples 2000 --dataset glyphs    # smoke
+    python imbalance_study.py --model ga-ae --rare-digit 9        # the main job python
+    imbalance_study.py --geometry 0 5 --seeds 0 1 2        # the whole study with its ablation
+    python imbalance_study.py --epochs 1 --train-size 2000 --samples 2000 --dataset glyphs    #
+    smoke
 
 Writes results/imbalance_study/<dataset>/<variant>/seed_<s>/ (weights, metrics, pictures) and, from
 every finished run, results/imbalance_study/<dataset>/report.md.
@@ -20,9 +21,10 @@ Differences from the source study:
  4. The geometric loss works: no layer of the decoder couples the images of a batch.
  5. 20,000 samples (the source: 2,000), several samplers, and reference rows from real images.
 
-References: Kingma and Welling 2014, arXiv:1312.6114 (VAE); Lee et al. 2022, "Regularized autoencoders
-for isometric representation learning" (relaxed distortion); Ghosh et al. 2020, arXiv:1903.12436 (ex-post
-density); Naeem et al. 2020, arXiv:2002.09797 (density, coverage); Rogan and Gladen 1978 (correction).
+References: Kingma and Welling 2014, arXiv:1312.6114 (VAE); Lee et al. 2022, "Regularized
+autoencoders for isometric representation learning" (relaxed distortion); Ghosh et al. 2020,
+arXiv:1903.12436 (ex-post density); Naeem et al. 2020, arXiv:2002.09797 (density, coverage); Rogan
+and Gladen 1978 (correction).
 """
 
 import math
@@ -44,7 +46,7 @@ HEADLINE = {"vae": "prior", "ae": "prior", "ga-ae": "local"}
 SAMPLERS = ["prior", "gaussian", "gmm", "local"]
 GEOMETRY = 5.0
 
-# --------------------------------------------------------------------------------------------- Config
+# ------------------------------------------------------------------------------------------- Config
 
 
 def parse_args(argv=None):
@@ -95,8 +97,9 @@ def variant(config: dict) -> str:
 def split(data: common.Data, config: dict) -> dict[str, Tensor]:
     """Indices of the run's training and validation images, "train" and "val", rare ones first.
 
-    Drawn by the run's seed, so seeds differ in which images are rare, and models are paired by seed.
-    Raises UserError if the dataset does not hold that many images of the class or of the others.
+    Drawn by the run's seed, so seeds differ in which images are rare, and models are paired by
+    seed. Raises UserError if the dataset does not hold that many images of the class or of the
+    others.
     """
     n, ratio, rare = config["train_size"], config["rare_ratio"], config["rare_digit"]
     n_val = max(20, round(0.06 * n))  # 3,000 of 50,000
@@ -105,28 +108,32 @@ def split(data: common.Data, config: dict) -> dict[str, Tensor]:
     pools = {True: order[is_rare], False: order[~is_rare]}
     n_rare, val_rare = round(ratio * n), round(ratio * n_val)
     if n_rare < 1:
-        raise common.UserError(f"--rare-ratio {ratio:g} of {n} images rounds to no image of the rare "
+        raise common.UserError(f"--rare-ratio {ratio:g} of {n} images rounds to no image of the "
+                               f"rare "
                                f"class; the smallest possible is {1 / n:g}")
     if n_rare + val_rare > len(pools[True]):
-        raise common.UserError(f"--rare-ratio {ratio:g} needs {n_rare + val_rare} images of class {rare}"
+        raise common.UserError(f"--rare-ratio {ratio:g} needs {n_rare + val_rare} images of "
+                               f"class {rare}"
                                f", there are {len(pools[True])}; the largest possible is "
                                f"{math.floor(1e4 * len(pools[True]) / (n + n_val)) / 1e4:g}")
     if n - n_rare + n_val - val_rare > len(pools[False]):
-        raise common.UserError(f"--train-size {n} needs {n - n_rare + n_val - val_rare} images of the "
+        raise common.UserError(f"--train-size {n} needs {n - n_rare + n_val - val_rare} images "
+                               f"of the "
                                f"other classes, there are {len(pools[False])}; take a smaller one")
     both = {"train": [(True, 0, n_rare), (False, 0, n - n_rare)],
             "val": [(True, n_rare, val_rare), (False, n - n_rare, n_val - val_rare)]}
     return {k: torch.cat([pools[r][a:a + m] for r, a, m in parts]) for k, parts in both.items()}
 
 
-# ---------------------------------------------------------------------------------------------- Model
+# -------------------------------------------------------------------------------------------- Model
 
 
 class Autoencoder(nn.Module):
     """Convolutional encoder and decoder, the same for all three methods (0.8 million parameters).
 
     No normalisation anywhere: BatchNorm would couple the images of a batch, so that the decoder's
-    Jacobian at one code would depend on the others. A VAE's encoder has a log-variance beside the mean.
+    Jacobian at one code would depend on the others. A VAE's encoder has a log-variance beside the
+    mean.
     """
 
     def __init__(self, latent_dim: int, variational: bool):
@@ -143,7 +150,8 @@ class Autoencoder(nn.Module):
             nn.ConvTranspose2d(16, 1, 4, stride=2, padding=1))  # logits (B, 1, 28, 28)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Mean (B, d) and log-variance (B, d) of q(z | x); without the variance, the code and None."""
+        """Mean (B, d) and log-variance (B, d) of q(z | x); without the variance, the code and None.
+        """
         h = self.encoder(x)
         return h.chunk(2, dim=1) if self.variational else (h, None)
 
@@ -152,16 +160,19 @@ class Autoencoder(nn.Module):
         return self.decoder(z).sigmoid()
 
 
-# ------------------------------------------------------------------------------------------ Objective
+# ---------------------------------------------------------------------------------------- Objective
 
 
 def bernoulli_nats(logits: Tensor, x: Tensor) -> Tensor:
-    """-log p(x | z), nats per image: summed over pixels, averaged over the batch. Grey x has a floor."""
+    """-log p(x | z), nats per image: summed over pixels, averaged over the batch. Grey x has a
+    floor.
+    """
     return F.binary_cross_entropy_with_logits(logits, x, reduction="sum") / len(x)
 
 
 def kl_nats(mu: Tensor, logvar: Tensor) -> Tensor:
-    """KL(N(mu, diag e^logvar) || N(0, I)), nats per image: summed over d, averaged over the batch."""
+    """KL(N(mu, diag e^logvar) || N(0, I)), nats per image: summed over d, averaged over the batch.
+    """
     return 0.5 * (mu.square() + logvar.exp() - 1 - logvar).sum(1).mean()
 
 
@@ -207,7 +218,7 @@ def objective(model: Autoencoder, x: Tensor, config: dict) -> Tensor:
     return torch.stack([total, reconstruction, code, bent])
 
 
-# ---------------------------------------------------------------------------------------------- Train
+# -------------------------------------------------------------------------------------------- Train
 
 
 def train(config: dict, x: Tensor, x_val: Tensor, folder: Path, args) -> tuple[Autoencoder, list]:
@@ -249,21 +260,25 @@ def train(config: dict, x: Tensor, x_val: Tensor, folder: Path, args) -> tuple[A
     for epoch in range(len(history) + 1, config["epochs"] + 1):
         start = time.perf_counter()
         for group in optimizer.param_groups:
-            group["lr"] = config["lr"] * 0.5 * (1 + math.cos(math.pi * (epoch - 1) / config["epochs"]))
+            cosine = math.cos(math.pi * (epoch - 1) / config["epochs"])
+            group["lr"] = config["lr"] * 0.5 * (1 + cosine)
         order = torch.randperm(n, generator=common.generator(seed, "order", epoch)).to(x.device)
         torch.manual_seed(common.seed_from(seed, "noise", epoch))
         losses = torch.stack([step(x[i]) for i in order[:steps * batch_size].split(batch_size)])
         if not losses.isfinite().all():
             bad = (~losses.isfinite().all(1)).nonzero()[0].item() + 1
-            raise common.UserError(f"the loss of {title} is not finite in epoch {epoch}, step {bad}; "
+            raise common.UserError(f"the loss of {title} is not finite in epoch {epoch}, step "
+                                   f"{bad}; "
                                    f"{folder} keeps epoch {epoch - 1}; try a lower --lr")
         seconds = time.perf_counter() - start
         torch.manual_seed(common.seed_from(seed, "validation"))  # the same noise in every epoch
         with torch.no_grad():
             val = objective(model, x_val, config)
         names = ["loss", "reconstruction", "code", "distortion"]
-        row = {"epoch": epoch, **dict(zip([f"train_{k}" for k in names], losses.mean(0).tolist(), strict=True)),
-               **dict(zip([f"val_{k}" for k in names], val.tolist(), strict=True)), "seconds": seconds}
+        row = {"epoch": epoch, **dict(zip([f"train_{k}" for k in names], losses.mean(0).tolist(),
+                                          strict=True)),
+               **dict(zip([f"val_{k}" for k in names], val.tolist(), strict=True)),
+               "seconds": seconds}
         history.append(row)
         if row["val_loss"] <= min(h["val_loss"] for h in history):
             common.save_torch(best, {"config": config, "model": model.state_dict(), "epoch": epoch})
@@ -275,7 +290,8 @@ def train(config: dict, x: Tensor, x_val: Tensor, folder: Path, args) -> tuple[A
             print(" ".join(f"{k}={v:.4g}" for k, v in row.items()), file=log)
         for key, value in row.items() if board else ():
             board.add_scalar(key, value, epoch)
-        bar.set_postfix(train=f"{row['train_loss']:.2f}", val=f"{row['val_loss']:.2f}", refresh=False)
+        bar.set_postfix(train=f"{row['train_loss']:.2f}", val=f"{row['val_loss']:.2f}",
+                        refresh=False)
         bar.update()
     bar.close()
     saved = common.load_torch(best)
@@ -283,7 +299,7 @@ def train(config: dict, x: Tensor, x_val: Tensor, folder: Path, args) -> tuple[A
     return model.eval(), history
 
 
-# ------------------------------------------------------------------------------------------- Evaluate
+# ----------------------------------------------------------------------------------------- Evaluate
 
 
 @torch.no_grad()
@@ -294,12 +310,13 @@ def in_chunks(f, x: Tensor) -> Tensor:
 def local_gaussians(z: Tensor, z_val: Tensor, k: int = 20) -> tuple[Tensor, float]:
     """Cholesky factors (N, d, d) of the covariance of each code's k nearest, and the bandwidth h.
 
-    z_i + h L_i e, with i uniform and e ~ N(0, I), has the density whose h maximises the likelihood of
-    the validation codes; covariances are shrunk by 10 % towards a ball of the same trace.
+    z_i + h L_i e, with i uniform and e ~ N(0, I), has the density whose h maximises the likelihood
+    of the validation codes; covariances are shrunk by 10 % towards a ball of the same trace.
     """
     n, d = z.shape
     norm = z.square().sum(1)
-    near = torch.cat([torch.addmm(norm, c, z.T, alpha=-2).topk(min(k, n - 1) + 1, largest=False).indices
+    near = torch.cat([torch.addmm(norm, c, z.T, alpha=-2).topk(min(k, n - 1) + 1,
+                                                               largest=False).indices
                       for c in z.split(500)])
     spread = z[near] - z[near].mean(1, keepdim=True)  # (N, k + 1, d); the code itself is among them
     cov = spread.transpose(1, 2) @ spread / (near.shape[1] - 1)
@@ -333,7 +350,8 @@ def draw_codes(sampler: str, n: int, z: Tensor, z_val: Tensor, seed: int) -> tup
         return z.mean(0) + noise @ torch.linalg.cholesky(cov).float().T, {}
     if sampler == "gmm":
         from sklearn.mixture import GaussianMixture  # a second to import
-        gmm = GaussianMixture(min(10, len(z)), random_state=0, reg_covar=1e-5).fit(z.double().numpy())
+        gmm = GaussianMixture(min(10, len(z)), random_state=0,
+                              reg_covar=1e-5).fit(z.double().numpy())
         which = torch.multinomial(torch.from_numpy(gmm.weights_), n, True, generator=g)
         factor = torch.linalg.cholesky(torch.from_numpy(gmm.covariances_)).float()[which]
         codes = torch.from_numpy(gmm.means_).float()[which] + (factor @ noise[:, :, None])[..., 0]
@@ -357,8 +375,9 @@ def flatness(model: Autoencoder, z: Tensor) -> dict:
 class Judge:
     """Real images as the metrics need them: one run's training set, and what real images score.
 
-    Test halves are stratified and the same for every run: half 0 measures the classifier's confusion
-    and is the reference of the rare-class metrics, half 1 is what real images score against it.
+    Test halves are stratified and the same for every run: half 0 measures the classifier's
+    confusion and is the reference of the rare-class metrics, half 1 is what real images score
+    against it.
     """
 
     def __init__(self, data: common.Data, part: dict, config: dict, classifier, samples: int):
@@ -398,7 +417,8 @@ class Judge:
 
     def copying(self, x: Tensor, x_rare: Tensor) -> list[float | None]:
         """Those, over the same of real test images: 1 is as new as a test image, 0 a copy."""
-        return [a and a / b for a, b in zip(self.distances(x, x_rare), self.test_distance, strict=True)]
+        return [a and a / b for a, b in zip(self.distances(x, x_rare), self.test_distance,
+                                            strict=True)]
 
     def score(self, x: Tensor) -> dict:
         """Every metric of generated images x (N, 1, 28, 28), in their order of generation."""
@@ -468,7 +488,7 @@ def evaluate(config: dict, args, data, part, model, history, classifier, folder,
     return metrics
 
 
-# --------------------------------------------------------------------------------- Figures and report
+# ------------------------------------------------------------------------------- Figures and report
 
 
 def figures_of_training(config: dict, folder: Path, history: list, z: Tensor, y: Tensor) -> None:
@@ -481,7 +501,8 @@ def figures_of_training(config: dict, folder: Path, history: list, z: Tensor, y:
             axes.plot([row["epoch"] for row in history], [row[f"{which}_{key}"] for row in history],
                       ".-", label=which)
         axes.set(xlabel="epoch", ylabel="nats per image", title=key if key != "code" else
-                 {"vae": "β · KL", "ae": "code term (none)", "ga-ae": "γ |z|² / 2"}[config["model"]])
+                 {"vae": "β · KL", "ae": "code term (none)",
+                  "ga-ae": "γ |z|² / 2"}[config["model"]])
         axes.legend()
     figure.tight_layout()
     common.save_figure(folder / "losses.png", figure)
@@ -510,13 +531,16 @@ def figures_of_samples(config, folder: Path, sampler: str, x: Tensor, judge: Jud
     if not len(order):
         return
     p = probs[order, rare]
-    for which, index, q in [("clearest", order[:64], p[:64]), ("least_clear", order[-64:], p[-64:])]:
+    for which, index, q in [("clearest", order[:64], p[:64]), ("least_clear", order[-64:],
+                                                               p[-64:])]:
         common.save_grid(folder / f"rare_{which}.png", x[index], 8,
-                         f"{name}: {len(index)} {which.replace('_', ' ')} of {len(order)} called {rare}"
+                         f"{name}: {len(index)} {which.replace('_', ' ')} of {len(order)} called "
+                         f"{rare}"
                          f" (p {q[-1]:.2f} to {q[0]:.2f})")
     some = x[called[:16]]
     pairs = torch.cat([some, judge.x[common.nearest(some, judge.x)[1]]])
-    common.save_grid(folder / "nearest.png", pairs, len(some), f"{name}: samples called {rare} above "
+    common.save_grid(folder / "nearest.png", pairs, len(some),
+                     f"{name}: samples called {rare} above "
                      "their nearest training images")
 
 
@@ -531,7 +555,8 @@ def report(root: Path) -> str:
         cell = cells.setdefault((c["rare_digit"], c["rare_ratio"], c["train_size"]), {})
         cell.setdefault(label(c), []).append(run)
     dataset = common.DATASETS[runs[0]["config"]["dataset"]]
-    parts = [f"# The imbalance study on {dataset}\n\nDoes a generative model keep a rare class, and "
+    parts = [f"# The imbalance study on {dataset}\n\nDoes a generative model keep a rare class, "
+             f"and "
              "does the geometry of its latent space matter?"]
     for key in sorted(cells):
         parts.append(section(root, *key, cells[key]))
@@ -549,7 +574,9 @@ def values(runs: list, sampler: str, key: str, *inner: str) -> list[float]:
 
 
 def section(root: Path, digit: int, ratio: float, size: int, models: dict[str, list]) -> str:
-    """The report's section on one rare class: answer, table, why arg-max misleads, ablation, pictures."""
+    """The report's section on one rare class: answer, table, why arg-max misleads, ablation,
+    pictures.
+    """
     order = [m for m in ["vae", "ae", "ga-ae λ=0", "ga-ae"] if m in models]
     models = {m: models[m] for m in [*order, *sorted(set(models) - set(order))]}
     stem = f"digit{digit}_{100 * ratio:g}pct_{size}"
@@ -572,8 +599,10 @@ def section(root: Path, digit: int, ratio: float, size: int, models: dict[str, l
                 low, high = mean(m, "calibrated_lift_low", s), mean(m, "calibrated_lift_high", s)
                 source = SOURCE_LIFT.get(m, "") if s == head.get(m) else ""
                 rows.append([f"{'**' if s == head.get(m) else ''}{m}, {s}"
-                             f"{'**' if s == head.get(m) else ''}", len(values(runs, s, "rare_lift")),
-                             common.mean_std([100 * v for v in values(runs, s, "rare_recall_at_2000")],
+                             f"{'**' if s == head.get(m) else ''}",
+                             len(values(runs, s, "rare_lift")),
+                             common.mean_std([100 * v for v in values(runs, s,
+                                                                      "rare_recall_at_2000")],
                                              1), fmt(m, s, "rare_lift"), source,
                              fmt(m, s, "calibrated_lift"), f"{low:.2f}–{high:.2f}",
                              fmt(m, s, "clear_lift"), fmt(m, s, "fid"), fmt(m, s, "total_variation",
@@ -582,11 +611,15 @@ def section(root: Path, digit: int, ratio: float, size: int, models: dict[str, l
         ["model, sampler", "n", "rare recall@2000 (%)", "rare lift (arg-max)", "source expected",
          "calibrated lift", "95 % interval", "clear lift", "FID", "class TV"], rows))
     lines.append(
-        f"Headline samplers in bold; {first['samplers'][next(iter(first['samplers']))]['n']:,} samples "
-        f"per run; ± is the standard deviation over n seeds; the interval is the mean over seeds of "
+        f"Headline samplers in bold; {first['samplers'][next(iter(first['samplers']))]['n']:,} "
+        f"samples "
+        f"per run; ± is the standard deviation over n seeds; the interval is the mean over seeds "
+        f"of "
         f"each run's. FID is in the features of the metric classifier (test accuracy "
-        f"{100 * first['classifier']['accuracy']:.2f} %), not Inception's, against test images thinned "
-        f"to the training proportions; an equally large sample of the training set scores {floor} (the "
+        f"{100 * first['classifier']['accuracy']:.2f} %), not Inception's, against test images "
+        f"thinned "
+        f"to the training proportions; an equally large sample of the training set scores "
+        f"{floor} (the "
         "floor). The class histogram's total variation is from the training proportions.")
 
     rows = [["real test images", "", *[""] * 4, "1", "1", ""]]
@@ -597,14 +630,16 @@ def section(root: Path, digit: int, ratio: float, size: int, models: dict[str, l
                          *[fmt(m, s, key, k, digits=3 if k == "kid" else 2)
                            for k in ["kid", "precision", "density", "coverage"]],
                          *([fmt(m, s, "copying"), fmt(m, s, "copying_rare"),
-                            fmt(m, s, "seconds_to_sample", digits=0)] if key == "rare" else [""] * 3)])
+                            fmt(m, s, "seconds_to_sample", digits=0)] if key == "rare"
+                            else [""] * 3)])
         for which in ["train", "test"]:
             both = [r["metrics"][f"copying_{which}_reconstructions"] for r in runs]
             rows.append([f"– its reconstructions of {which} images", "", *[""] * 4,
                          common.mean_std([b[0] for b in both]),
                          common.mean_std([b[1] for b in both if b[1] is not None]), ""])
     lines += ["### The rare class's quality, and copying", common.table(
-        ["", "rare images", "rare KID", "precision", "density", "coverage", "copying", "copying, rare",
+        ["", "rare images", "rare KID", "precision", "density", "coverage", "copying",
+         "copying, rare",
          "s to sample"], rows),
         "Samples called rare against half of the real rare test images, beside what the other half "
         "scores at the same number (coverage grows with it). Copying is the mean distance to the "
@@ -620,16 +655,20 @@ def section(root: Path, digit: int, ratio: float, size: int, models: dict[str, l
         ["model", "distortion", "condition number of G", "validation reconstruction (nats)",
          "s per epoch", "s to train"], rows),
         "Distortion d·E[Tr G²]/E[Tr G]² − 1 and the median condition number of the pullback metric "
-        "G = JᵀJ, exact, at validation codes; 0 and 1 for a scaled isometry. Validation images contain "
+        "G = JᵀJ, exact, at validation codes; 0 and 1 for a scaled isometry. Validation images "
+        "contain "
         "grey pixels, so the reconstruction has a floor above 0."]
 
     lines += ["### Why arg-max lift misleads",
-              " ".join(f"{m}: arg-max counts {mean(m, 'rare_lift'):.2f} × the training share, but only "
+              " ".join(f"{m}: arg-max counts {mean(m, 'rare_lift'):.2f} × the training share, "
+                       f"but only "
                        f"{mean(m, 'clear_lift'):.2f} × when the classifier must be sure (p ≥ 0.9, "
                        "relative to real images)." for m in head),
-              "The classifier must name one of ten digits, so blends of neighbouring digits are called "
+              "The classifier must name one of ten digits, so blends of neighbouring digits are "
+              "called "
               "something. The calibrated lift corrects for its confusion on real images; it cannot "
-              "correct for blends that no real image resembles. The least clear samples called rare:"]
+              "correct for blends that no real image resembles. The least clear samples called "
+              "rare:"]
     shown = {m: models[m][0]["folder"].as_posix() for m in head}
     picture = lambda m, name: f"![{m}: {name}]({shown[m]}/{name})" if (
         root / shown[m] / name).exists() else ""
@@ -639,12 +678,14 @@ def section(root: Path, digit: int, ratio: float, size: int, models: dict[str, l
     ablation_figure(root / f"{stem}_ablation.png", models)
     lines += [f"![Lift with 95 % intervals]({stem}_lift.png)", "### The ablation",
               f"![Every model with every sampler]({stem}_ablation.png)",
-              "Rows differ in the model, columns in the sampler alone. AE + local and λ = 0 + local are "
+              "Rows differ in the model, columns in the sampler alone. AE + local and λ = 0 + "
+              "local are "
               "the fair baselines of the geometry.", "### Pictures",
               f"![Classes of the samples]({stem}_classes.png)"]
     for m, s in head.items():
         names = [f"samples_{s}.png", "rare_clearest.png", "nearest.png", "losses.png", "tsne.png"]
-        lines += [f"#### {m}, seed {models[m][0]['config']['seed']}", *[picture(m, n) for n in names]]
+        lines += [f"#### {m}, seed {models[m][0]['config']['seed']}",
+                  *[picture(m, n) for n in names]]
     return "\n\n".join(line for line in lines if line)
 
 
@@ -665,7 +706,8 @@ def verdict(models: dict[str, list]) -> str:
              ("ga-ae", "local"), ("ga-ae λ=0", "local")),
             ("ga-ae against the plain ae, both local, shows", ("ga-ae", "local"), ("ae", "local"))]:
         found = [f"{common.paired(*pairs(a, b, key))} in {name}" for key, name in
-                 [("calibrated_lift", "calibrated lift"), ("clear_lift", "clear lift"), ("fid", "FID")]
+                 [("calibrated_lift", "calibrated lift"), ("clear_lift", "clear lift"),
+                  ("fid", "FID")]
                  if pairs(a, b, key)[0]]
         said += [f"{what} {', '.join(found)}."] if found else []
     return " ".join(said)
@@ -675,18 +717,21 @@ def lift_figure(path: Path, models: dict, head: dict) -> None:
     figure = Figure(figsize=(7, 3.5))
     axes = figure.subplots()
     for i, (m, s) in enumerate(head.items()):
-        for j, (key, name) in enumerate([("rare_lift", "arg-max"), ("calibrated_lift", "calibrated"),
+        for j, (key, name) in enumerate([("rare_lift", "arg-max"), ("calibrated_lift",
+                                                                    "calibrated"),
                                          ("clear_lift", "clear (p ≥ 0.9)")]):
             v = values(models[m], s, key)
             at = i + 0.22 * (j - 1) + np.linspace(-0.05, 0.05, len(v)) * (len(v) > 1)
             bars = None
             if key == "calibrated_lift":
-                bars = np.abs(np.array([values(models[m], s, f"{key}_{e}") for e in ["low", "high"]]) - v)
+                bars = np.abs(np.array([values(models[m], s, f"{key}_{e}") for e in ["low",
+                                                                                     "high"]]) - v)
             axes.errorbar(at, v, bars, fmt="o", color=f"C{j}", ms=4, capsize=3,
                           label=name if not i else None)
     axes.axhline(1, color="k", lw=0.8, ls=":")
     axes.set_xticks(range(len(head)), [f"{m}\n{s}" for m, s in head.items()])
-    axes.set(ylabel="lift (1 is faithful)", title="Rare lift, a point per seed; bars: 95 % interval")
+    axes.set(ylabel="lift (1 is faithful)",
+             title="Rare lift, a point per seed; bars: 95 % interval")
     axes.set_ylim(bottom=0)
     axes.legend()
     common.save_figure(path, figure)
@@ -699,9 +744,11 @@ def histogram_figure(path: Path, models: dict, head: dict) -> None:
     for m, s in head.items():
         bars[f"{m}, {s}"] = np.mean(values(models[m], s, "class_share"), 0)
     for i, (name, share) in enumerate(bars.items()):
-        axes.bar(np.arange(10) + 0.8 * (i + 0.5) / len(bars) - 0.4, share, 0.8 / len(bars), label=name,
+        axes.bar(np.arange(10) + 0.8 * (i + 0.5) / len(bars) - 0.4, share, 0.8 / len(bars),
+                 label=name,
                  color="0.3" if not i else f"C{i - 1}")
-    axes.set(xticks=range(10), xlabel="class", ylabel="share", title="Classes of the samples (calibrated)")
+    axes.set(xticks=range(10), xlabel="class", ylabel="share",
+             title="Classes of the samples (calibrated)")
     axes.legend(fontsize=8)
     common.save_figure(path, figure)
 
@@ -730,13 +777,15 @@ def made(runs: list) -> str:
     for run in runs:
         c, e = run["config"], run["metrics"]["environment"]
         rows.setdefault((variant(c), c["epochs"], c["batch_size"], c["lr"], c["latent_dim"],
-                         f"`{e['command']}`", e["commit"], e["device"], e["torch"]), []).append(c["seed"])
+                         f"`{e['command']}`", e["commit"], e["device"], e["torch"]),
+                         []).append(c["seed"])
     return "## How this was made\n\n" + common.table(
-        ["variant", "epochs", "batch", "rate", "d", "command", "commit", "device", "torch", "seeds"],
+        ["variant", "epochs", "batch", "rate", "d", "command", "commit", "device", "torch",
+         "seeds"],
         [[*key, " ".join(map(str, seeds))] for key, seeds in rows.items()])
 
 
-# ----------------------------------------------------------------------------------------------- main
+# --------------------------------------------------------------------------------------------- main
 
 
 def main(argv=None) -> dict:
