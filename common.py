@@ -118,6 +118,9 @@ def guard(main) -> None:
         main()
     except UserError as error:
         sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
+    except OSError as error:  # a disk that is full, a folder that cannot be written
+        sys.exit(print(f"error: {error.strerror}: {error.filename}; mend it or take another "
+                       "--out-dir", file=sys.stderr) or 2)
     except KeyboardInterrupt:
         sys.exit(print("interrupted; the same command continues from the last epoch",
                        file=sys.stderr) or 130)

@@ -1,0 +1,356 @@
+"""The imbalance study: objectives and samplers against oracles, runs, resume, bad input.
+
+    pytest tests/test_imbalance_study.py
+"""
+
+import json
+import math
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from torch import nn
+from torch.distributions import Bernoulli, Normal, kl_divergence
+
+import common
+import imbalance_study as study
+
+SMOKE = ["--dataset", "glyphs", "--train-size", "1000", "--epochs", "1", "--samples", "2000",
+         "--device", "cpu"]
+
+# ---------------------------------------------------------------------------------------- objective
+
+
+def test_kl_and_reconstruction_against_torch_distributions():
+    mu, logvar = 3 * torch.randn(64, 5), 4 * torch.randn(64, 5)
+    want = kl_divergence(Normal(mu, (0.5 * logvar).exp()), Normal(0.0, 1.0)).sum(1).mean()
+    assert study.kl_nats(mu, logvar).item() == pytest.approx(want.item(), rel=1e-5)
+    logits, x = torch.randn(8, 1, 28, 28), torch.rand(8, 1, 28, 28).round()
+    want = -Bernoulli(logits=logits).log_prob(x).flatten(1).sum(1).mean()
+    assert study.bernoulli_nats(logits, x).item() == pytest.approx(want.item(), rel=1e-5)
+
+
+def test_the_objective_is_the_negative_elbo_and_per_image():
+    model = study.Autoencoder(4, True)
+    x, config = torch.rand(16, 1, 28, 28), {"model": "vae", "beta": 1.0}
+    total, reconstruction, code, _ = study.objective(model, x, config)
+    assert total.item() == pytest.approx((reconstruction + code).item()) and code > 0
+    logits = model.decoder(model.encode(x)[0])
+    halves = (study.bernoulli_nats(logits[:8], x[:8]) + study.bernoulli_nats(logits[8:], x[8:])) / 2
+    assert study.bernoulli_nats(logits, x).item() == pytest.approx(halves.item(), rel=1e-5)
+    assert reconstruction > 300  # summed over 784 pixels of about ln 2 each, not averaged
+
+
+def linear(weight):
+    return lambda z: z @ weight.T
+
+
+def test_distortion_in_closed_form_for_linear_decoders():
+    z = torch.randn(100_000, 4).double()
+    isometry = 3 * torch.linalg.qr(torch.randn(30, 4).double())[0]
+    s = torch.tensor([1.0, 2.0, 0.5, 3.0]).double()
+    stretched = torch.linalg.qr(torch.randn(30, 4).double())[0] * s
+    want = 4 * s.pow(4).sum() / s.square().sum().square() - 1
+    assert study.distortion(linear(isometry), z).item() == pytest.approx(0, abs=0.02)
+    assert study.distortion(linear(stretched), z).item() == pytest.approx(want.item(), rel=0.02)
+
+
+def test_hutchinson_agrees_with_the_full_jacobian():
+    model = study.Autoencoder(6, False).double()
+    z = torch.randn(40, 6).double()
+    exact = study.flatness(model, z)["distortion"]
+    # the ratio of means over many probes; each call probes every code once
+    z_many = z.repeat(500, 1)
+    estimates = [study.distortion(model.decode, z_many).item() for _ in range(5)]
+    error = np.std(estimates, ddof=1) / math.sqrt(5)
+    assert abs(np.mean(estimates) - exact) < 4 * error + 0.01 * (1 + exact)
+
+
+def test_distortion_trains_the_decoder_and_the_encoder():
+    model = study.Autoencoder(4, False)
+    study.distortion(model.decode, model.encode(torch.rand(8, 1, 28, 28))[0]).backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.encoder.parameters())
+    assert model.decoder[0].weight.grad.abs().sum() > 0
+
+
+def jacobian_of_first(decoder, z):
+    return torch.autograd.functional.jacobian(lambda c: decoder(torch.cat([c, z[1:]]))[0], z[:1])
+
+
+def test_the_jacobian_of_one_sample_is_its_own_and_batchnorm_would_fail():
+    z, other = torch.randn(8, 4), torch.randn(8, 4)
+    other[0] = z[0]
+    model = study.Autoencoder(4, False).train()
+    assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+    same = [jacobian_of_first(model.decode, v) for v in (z, other)]
+    assert torch.allclose(*same, atol=1e-6)
+    coupled = nn.Sequential(nn.Linear(4, 16), nn.BatchNorm1d(16), nn.SiLU(),
+                            nn.Linear(16, 9)).train()
+    assert not torch.allclose(*[jacobian_of_first(coupled, v) for v in (z, other)], atol=1e-3)
+
+
+# ----------------------------------------------------------------------------------------- samplers
+
+
+@pytest.fixture(scope="module")
+def mixture():
+    """Codes with a small far cluster of 2 %: (5000, 3) and 500 for validation."""
+    def draw(n):
+        z = torch.randn(n, 3)
+        z[: n // 50] = 0.3 * z[: n // 50] + 8
+        return z
+    torch.manual_seed(1)
+    return draw(5000), draw(500)
+
+
+@pytest.mark.parametrize("sampler", ["gmm", "local"])
+def test_samplers_recover_the_weight_of_a_small_cluster(mixture, sampler):
+    codes, fitted = study.draw_codes(sampler, 20_000, *mixture, seed=0)
+    share = (codes.mean(1) > 5).double().mean().item()
+    assert abs(share - 0.02) < 3 * math.sqrt(0.02 * 0.98 / 20_000) + 1e-3
+    assert codes[codes.mean(1) < 5].std(0).mean().item() == pytest.approx(1, abs=0.1)
+    if sampler == "local":
+        assert 0.05 < fitted["bandwidth"] < 3.2
+
+
+def test_gaussian_and_prior_samplers_have_the_right_moments(mixture):
+    z, z_val = mixture
+    codes, _ = study.draw_codes("gaussian", 50_000, z, z_val, seed=0)
+    assert torch.allclose(torch.cov(codes.T), torch.cov(z.T), atol=0.08)
+    assert torch.allclose(codes.mean(0), z.mean(0), atol=0.05)
+    codes, _ = study.draw_codes("prior", 50_000, z, z_val, seed=0)
+    assert torch.allclose(torch.cov(codes.T), torch.eye(3), atol=0.05)
+
+
+def test_the_bandwidth_maximises_the_validation_likelihood(mixture):
+    z, z_val = mixture[0][:400], mixture[1]
+    factor, h = study.local_gaussians(z, z_val)
+    def likelihood(width):
+        parts = torch.distributions.MultivariateNormal(z, scale_tril=width * factor)
+        return torch.logsumexp(parts.log_prob(z_val[:, None]), 1).mean()
+    assert likelihood(h) > likelihood(h * 0.8) and likelihood(h) > likelihood(h * 1.25)
+
+
+# --------------------------------------------------------------------------------------------- data
+
+
+@pytest.mark.parametrize("digit", [0, 1, 9])
+def test_the_split_has_exactly_the_rare_images_asked_for(data, digit):
+    config = {"rare_digit": digit, "rare_ratio": 0.02, "train_size": 50_000, "seed": 3}
+    part = study.split(data, config)
+    y, y_val = data.y_train[part["train"]], data.y_train[part["val"]]
+    assert (len(y), (y == digit).sum()) == (50_000, 1000)
+    assert (len(y_val), (y_val == digit).sum()) == (3000, 60)
+    assert len(set(part["train"].tolist()) | set(part["val"].tolist())) == 53_000
+    assert not torch.equal(part["train"], study.split(data, {**config, "seed": 4})["train"])
+
+
+def test_glyphs_are_deterministic_varied_digits():
+    first = common.glyphs()
+    common.glyphs.cache_clear()
+    again = common.glyphs()
+    assert torch.equal(first.x_train, again.x_train) and torch.equal(first.y_test, again.y_test)
+    assert first.x_train.shape == (60_000, 1, 28, 28) and first.x_test.shape == (10_000, 1, 28, 28)
+    assert first.x_train.min() >= 0 and first.x_train.max() <= 1
+    assert first.y_train.bincount().tolist() == [6000] * 10
+    assert len(first.x_train[:2000].unique(dim=0)) == 2000
+
+
+# --------------------------------------------------------------------------------------------- runs
+
+
+def numbers(folder):
+    """A run's metrics without what may differ between equal runs: time, host and command."""
+    metrics = json.loads((folder / "final_metrics.json").read_text())
+    drop = lambda d: {k: drop(v) if isinstance(v, dict) else v for k, v in d.items()
+                      if not k.startswith("seconds") and k != "environment"}
+    return drop(metrics)
+
+
+def test_a_run_end_to_end_writes_what_it_should(tmp_path):
+    argv = [*SMOKE, "--out-dir", str(tmp_path)]
+    metrics = study.main([*argv, "--model", "vae", "ga-ae"])
+    assert set(metrics) == {"vae_digit9_2pct/seed_0", "ga-ae_digit9_2pct/seed_0"}
+    root = tmp_path / "imbalance_study/glyphs"
+    folder = root / "ga-ae_digit9_2pct/seed_0"
+    for name in ["config.json", "history.csv", "final_metrics.json", "checkpoint.pt", "tsne.png",
+                 "best_model.pt", "training.log", "losses.png", "samples_local.png"]:
+        assert (folder / name).stat().st_size > 0, name
+    scores = metrics["ga-ae_digit9_2pct/seed_0"]["samplers"]
+    assert set(scores) == set(study.SAMPLERS) and scores["local"]["n"] == 2000
+    before = (root / "report.md").read_bytes()
+    assert b"glyphs" in before and b"local" in before
+    (root / "report.md").unlink()
+    study.main([*argv, "--report-only"])
+    assert (root / "report.md").read_bytes() == before
+    stamp = (folder / "best_model.pt").stat().st_mtime_ns
+    study.main([*argv, "--model", "ga-ae"])  # finished: nothing is trained again
+    assert (folder / "best_model.pt").stat().st_mtime_ns == stamp
+
+
+def test_an_interrupted_run_continues_bitwise(tmp_path, monkeypatch):
+    argv = [*SMOKE, "--model", "ga-ae", "--sampler", "local", "--epochs", "4"]
+    study.main([*argv, "--out-dir", str(tmp_path / "whole")])
+    real, calls = common.save_history, []
+
+    def interrupted(*a):
+        real(*a)
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+    monkeypatch.setattr(common, "save_history", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        study.main([*argv, "--out-dir", str(tmp_path / "parts")])
+    monkeypatch.undo()
+    study.main([*argv, "--out-dir", str(tmp_path / "parts")])
+    a, b = (tmp_path / d / "imbalance_study/glyphs/ga-ae_digit9_2pct/seed_0"
+            for d in ["whole", "parts"])
+    assert numbers(a) == numbers(b)
+    left, right = (common.load_torch(d / "checkpoint.pt")["model"] for d in (a, b))
+    assert all(torch.equal(left[k], right[k]) for k in left)
+    assert len((b / "history.csv").read_text().splitlines()) == 5
+
+
+def test_the_order_of_the_batches_is_shuffled_in_every_epoch(tmp_path, monkeypatch):
+    seen, real = [], study.objective
+    def spy(model, x, config):
+        if model.training and torch.is_grad_enabled():
+            seen.append(x.clone())
+        return real(model, x, config)
+    monkeypatch.setattr(study, "objective", spy)
+    study.main([*SMOKE, "--model", "ae", "--sampler", "prior", "--epochs", "2", "--out-dir",
+                str(tmp_path)])
+    first, second = torch.cat(seen[:7]), torch.cat(seen[7:])
+    assert not torch.equal(first, second)
+    data = common.glyphs()
+    part = study.split(data, {"rare_digit": 9, "rare_ratio": 0.02, "train_size": 1000, "seed": 0})
+    assert not torch.equal(first, data.x_train[part["train"]][:len(first)])
+
+
+def test_an_extra_evaluation_changes_no_training_number(tmp_path):
+    argv = [*SMOKE, "--model", "vae", "--sampler", "prior", "--out-dir", str(tmp_path)]
+    study.main(argv)
+    folder = tmp_path / "imbalance_study/glyphs/vae_digit9_2pct/seed_0"
+    before = numbers(folder)
+    study.main([*argv, "--sampler", "prior", "gaussian"])
+    after = numbers(folder)
+    assert after["samplers"].pop("gaussian") and after == before
+
+
+def test_shards_make_the_whole(tmp_path):
+    runs = study.grid(study.parse_args(["--seeds", "0", "1", "--geometry", "0", "5"]), "glyphs")
+    assert len(runs) == 8
+    both = [r for k in range(3) for r in runs[k::3]]
+    assert sorted(map(str, both)) == sorted(map(str, runs))
+
+
+# ---------------------------------------------------------------------------------------- bad input
+
+
+def script(*argv, cwd=ROOT, **environment):
+    """The script as a process, as a user starts it."""
+    return subprocess.run([sys.executable, str(ROOT / "imbalance_study.py"), *argv], cwd=cwd,
+                          capture_output=True, text=True, env={**os.environ, **environment})
+
+
+def refused(result, *words):
+    assert result.returncode == 2, result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1 and "Traceback" not in result.stderr
+    assert all(word in result.stderr for word in words), result.stderr
+
+
+@pytest.mark.parametrize("argv", [
+    ["--rare-digit", "10"], ["--rare-digit", "-1"], ["--rare-ratio", "0"], ["--rare-ratio", "nan"],
+    ["--rare-ratio", "-0.1"], ["--epochs", "0"], ["--dataset", "cifar"], ["--lr", "inf"],
+    ["--shard", "3/3"], ["--model", "gan"], ["--seeds", "-1"], ["--samples", "1e309"]])
+def test_a_bad_flag_is_one_line_and_status_2(argv, capsys):
+    with pytest.raises(SystemExit) as stop:
+        study.main(argv)
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and len(message.strip().splitlines()) == 1 and argv[0] in message
+
+
+def test_a_ratio_without_enough_images_names_the_largest(tmp_path):
+    result = script(*SMOKE, "--train-size", "50000", "--rare-ratio", "0.5", "--out-dir",
+                    str(tmp_path / "out"))
+    refused(result, "largest possible is 0.1132")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_missing_device_is_refused(tmp_path):
+    with pytest.raises(common.UserError, match="--device cuda"):
+        study.main([*SMOKE[:-2], "--device", "cuda", "--out-dir", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+def test_truncated_and_foreign_files_are_named(tmp_path):
+    raw = tmp_path / "MNIST/raw"
+    raw.mkdir(parents=True)
+    good = {"train-images-idx3-ubyte": (3, 60_000), "train-labels-idx1-ubyte": (1, 60_000),
+            "t10k-images-idx3-ubyte": (3, 10_000), "t10k-labels-idx1-ubyte": (1, 10_000)}
+    for name, (dims, n) in good.items():
+        head = b"".join(v.to_bytes(4, "big") for v in [0x800 + dims, n, 28, 28][: 1 + dims])
+        (raw / name).write_bytes(head + bytes(n * (784 if dims == 3 else 1)))
+    common.load_data("mnist", str(tmp_path))
+    for name, content, word in [
+            ("t10k-labels-idx1-ubyte", None, "truncated"),
+            ("train-labels-idx1-ubyte", (0x801).to_bytes(4, "big") + (60_000).to_bytes(4, "big")
+             + bytes([11]) * 60_000, "outside 0..9"),
+            ("t10k-images-idx3-ubyte", b"<html>sign in</html>", "does not begin")]:
+        kept = (raw / name).read_bytes()
+        (raw / name).write_bytes(content or kept[:-100])
+        with pytest.raises(common.UserError, match=f"{name}.*{word}"):
+            common.load_data("mnist", str(tmp_path))
+        (raw / name).write_bytes(kept)
+
+
+def test_another_configuration_and_a_corrupt_checkpoint_are_refused(tmp_path):
+    argv = [*SMOKE, "--model", "ae", "--sampler", "prior", "--out-dir", str(tmp_path)]
+    study.main(argv)
+    folder = tmp_path / "imbalance_study/glyphs/ae_digit9_2pct/seed_0"
+    kept = (folder / "best_model.pt").read_bytes()
+    with pytest.raises(common.UserError, match=r"lr = 0.002, not 0.5.*--fresh"):
+        study.main([*argv, "--lr", "0.5"])
+    (folder / "checkpoint.pt").write_bytes(b"not a checkpoint")
+    with pytest.raises(common.UserError, match=r"checkpoint.pt is corrupt.*--fresh"):
+        study.main(argv)
+    assert (folder / "best_model.pt").read_bytes() == kept
+    assert study.main([*argv, "--fresh"])
+
+
+def test_a_process_from_another_folder_and_an_unwritable_one(tmp_path):
+    result = script(*SMOKE, "--model", "ae", "--sampler", "prior", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "results/imbalance_study/glyphs/report.md").exists()
+    (tmp_path / "file").write_text("in the way")
+    refused(script(*SMOKE, "--out-dir", str(tmp_path / "file")), "file")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path, monkeypatch):
+    argv = [*SMOKE, "--model", "ae", "--sampler", "prior", "--epochs", "3", "--out-dir",
+            str(tmp_path)]
+    real, calls = study.objective, []
+    def broken(*a):
+        calls.append(1)
+        return real(*a) * (math.nan if len(calls) == 11 else 1)  # 7 steps and a validation an epoch
+    monkeypatch.setattr(study, "objective", broken)
+    with pytest.raises(common.UserError, match="epoch 2, step 3"):
+        study.main(argv)
+    folder = tmp_path / "imbalance_study/glyphs/ae_digit9_2pct/seed_0"
+    assert len(common.load_torch(folder / "checkpoint.pt")["history"]) == 1
+
+
+def test_no_network_and_no_data_means_glyphs_with_a_warning(tmp_path, monkeypatch, capsys):
+    import torchvision.datasets
+    def offline(*a, **k):
+        raise RuntimeError("no network")
+    monkeypatch.setattr(torchvision.datasets.MNIST, "download", offline)
+    assert common.load_data(None, str(tmp_path)).name == "glyphs"
+    assert "glyphs" in capsys.readouterr().err
+    with pytest.raises(common.UserError, match="--data-dir"):
+        common.load_data("mnist", str(tmp_path))

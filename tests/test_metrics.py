@@ -1,0 +1,182 @@
+"""The metrics against closed forms, independent implementations and planted failures.
+
+    pytest tests/test_metrics.py
+"""
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+import torch.nn.functional as F
+
+import common
+import imbalance_study as study
+
+# --------------------------------------------------------------------------------- frechet_distance
+
+
+def with_moments(n, mean, cov):
+    """n vectors whose sample mean and covariance are exactly these."""
+    x = torch.randn(n, len(mean), dtype=torch.float64)
+    x = x - x.mean(0)
+    white = torch.linalg.solve_triangular(torch.linalg.cholesky(torch.cov(x.T)), x.T, upper=False)
+    return (torch.linalg.cholesky(cov) @ white).T + mean
+
+
+def test_frechet_of_two_gaussians_in_closed_form():
+    a, b = torch.tensor([1.0, 4.0, 9.0]).double(), torch.tensor([4.0, 1.0, 2.25]).double()
+    mu = torch.tensor([1.0, -2.0, 0.5]).double()
+    x = with_moments(500, torch.zeros(3).double(), a.diag())
+    y = with_moments(400, mu, b.diag())
+    want = mu.square().sum() + (a.sqrt() - b.sqrt()).square().sum()  # commuting covariances
+    assert common.frechet_distance(x, y) == pytest.approx(want.item(), rel=1e-9)
+
+
+def test_frechet_agrees_with_scipys_square_root():
+    mix = torch.randn(12, 12, dtype=torch.float64)
+    x, y = torch.randn(900, 12).double() @ mix, torch.randn(700, 12).double() + 0.3
+    sa, sb = np.cov(x.numpy().T), np.cov(y.numpy().T)
+    root = scipy.linalg.sqrtm(sa @ sb).real
+    want = ((x.mean(0) - y.mean(0)) ** 2).sum().item() + np.trace(sa + sb - 2 * root)
+    assert common.frechet_distance(x, y) == pytest.approx(want, rel=1e-6)
+
+
+def test_frechet_scales_rotates_and_survives_few_samples():
+    x, y = torch.randn(300, 8).double(), torch.randn(200, 8).double() * 1.5 + 1
+    base = common.frechet_distance(x, y)
+    q = torch.linalg.qr(torch.randn(8, 8).double())[0]
+    assert common.frechet_distance(3 * x, 3 * y) == pytest.approx(9 * base, rel=1e-9)
+    assert common.frechet_distance(x @ q, y @ q) == pytest.approx(base, rel=1e-9)
+    assert common.frechet_distance(y, x) == pytest.approx(base, rel=1e-9)
+    assert common.frechet_distance(x, x) == pytest.approx(0, abs=1e-6)
+    few = common.frechet_distance(torch.randn(5, 20), torch.randn(6, 20))
+    assert np.isfinite(few) and few > 0
+    with pytest.raises(ValueError, match="features must be"):
+        common.frechet_distance(torch.randn(5, 3), torch.randn(5, 4))
+
+
+def test_kernel_distance_is_unbiased_and_notices_a_shift():
+    null = [common.kernel_distance(torch.randn(60, 6), torch.randn(50, 6)) for _ in range(200)]
+    assert abs(np.mean(null)) < 3 * np.std(null) / np.sqrt(200) and min(null) < 0
+    x = torch.randn(400, 6)
+    shifted = [common.kernel_distance(x, torch.randn(400, 6) + s) for s in (0.2, 0.5, 1.0)]
+    assert 0 < shifted[0] < shifted[1] < shifted[2]
+
+
+def test_kernel_distance_against_the_plain_formula():
+    x, y = torch.randn(30, 4).double(), torch.randn(20, 4).double() + 0.5
+    k = lambda a, b: (a @ b.T / 4 + 1) ** 3
+    off = lambda m: (m.sum() - m.trace()) / (len(m) * (len(m) - 1))
+    want = off(k(x, x)) + off(k(y, y)) - 2 * k(x, y).mean()
+    assert common.kernel_distance(x, y) == pytest.approx(want.item(), rel=1e-10)
+
+
+def test_manifold_metrics_on_equal_disjoint_and_collapsed_sets():
+    found = [common.manifold_metrics(torch.randn(600, 4), torch.randn(600, 4)) for _ in range(8)]
+    mean = {k: np.mean([f[k] for f in found]) for k in found[0]}
+    assert mean["density"] == pytest.approx(1, abs=0.03)
+    assert mean["coverage"] == pytest.approx(1 - 2**-5, abs=0.01)
+    apart = common.manifold_metrics(torch.randn(100, 4), torch.randn(100, 4) + 100)
+    assert set(apart.values()) == {0.0}
+    real = torch.randn(300, 4)
+    one = common.manifold_metrics(real, real[:1].repeat(300, 1))
+    assert one["precision"] == 1 and one["recall"] == 0 and one["coverage"] < 0.1
+
+
+def test_manifold_metrics_against_a_naive_count():
+    real, fake, k = torch.randn(40, 3), torch.randn(30, 3) * 1.3, 3
+    distance = lambda a, b: np.linalg.norm(a.numpy()[:, None] - b.numpy()[None], axis=2)
+    r = np.sort(distance(real, real), 1)[:, k]
+    s = np.sort(distance(fake, fake), 1)[:, k]
+    d = distance(real, fake)
+    want = {"precision": (d < r[:, None]).any(0).mean(), "recall": (d < s).any(1).mean(),
+            "density": (d < r[:, None]).sum() / (k * 30),
+            "coverage": (d < r[:, None]).any(1).mean()}
+    assert common.manifold_metrics(real, fake, k) == pytest.approx(want)
+
+
+def test_nearest_is_exact_for_copies():
+    x = torch.rand(50, 1, 28, 28)
+    distance, index = common.nearest(x[:7], x)
+    assert index.tolist() == list(range(7)) and distance.max() == 0
+    want = torch.cdist(x[:7].flatten(1), x[7:].flatten(1)).min(1)
+    assert torch.allclose(common.nearest(x[:7], x[7:])[0], want.values, atol=1e-4)
+
+
+# ---------------------------------------------------------------------- the classifier and the lift
+
+
+def test_the_committed_classifier_is_good_enough(data, classifier, seen):
+    said, y = seen[1].argmax(1), data.y_test
+    assert classifier.accuracy >= (0.994 if data.name == "mnist" else 0.97)
+    wrong = [((said == c) & (y != c)).sum().item() / (y != c).sum().item() for c in range(10)]
+    assert max(wrong) <= 0.002
+    path = common.HERE / f"results/classifiers/{data.name}.pt"
+    assert path.stat().st_size <= 500_000 and len(classifier.sha256) == 64
+
+
+def test_the_classifier_does_not_couple_the_images_of_a_batch(data, classifier):
+    alone, together = classifier.look(data.x_test[:1])[0], classifier.look(data.x_test[:100])[0]
+    assert torch.allclose(alone[0], together[0], atol=1e-5)
+
+
+def test_class_share_recovers_a_planted_mixture_through_a_bad_classifier():
+    rng = np.random.default_rng(0)
+    confusion = 0.7 * np.eye(10) + 0.3 * rng.dirichlet(np.ones(10), 10)
+    pi = rng.dirichlet(np.ones(10))
+    draw = lambda y: torch.eye(10)[[rng.choice(10, p=confusion[t]) for t in y]]
+    y_held_out = np.repeat(np.arange(10), 500)
+    y = rng.choice(10, 20_000, p=pi)
+    found = common.class_share(draw(y), draw(y_held_out), torch.from_numpy(y_held_out))
+    inside = (found["low"] <= pi) & (pi <= found["high"])
+    assert inside.sum() >= 9
+    assert np.abs(found["share"] - pi).max() < np.abs(found["counted"] - pi).max() / 2
+
+
+@pytest.fixture(scope="module")
+def judge(data, classifier):
+    config = {"rare_digit": 9, "rare_ratio": 0.02, "train_size": 50_000, "seed": 0}
+    return study.Judge(data, study.split(data, config), config, classifier, 20_000)
+
+
+def planted(data, judge, share):
+    """Real test images of the half that did not measure the confusion, with this share of nines."""
+    rest = np.setdiff1d(np.arange(10_000), judge.held_out.numpy())
+    nine = data.y_test.numpy()[rest] == 9
+    nines, others = rest[nine], rest[~nine]
+    if share == 1:
+        return data.x_test[nines]
+    n = round(len(others) * share / (1 - share))
+    return data.x_test[np.concatenate([nines[:n], others])]
+
+
+@pytest.mark.parametrize(("share", "lift"), [(0.02, 1), (1, 50), (0, 0), (0.1, 5)])
+def test_the_lift_of_planted_sets_of_real_images(data, judge, share, lift):
+    found = judge.score(planted(data, judge, share))
+    assert found["calibrated_lift_low"] <= lift <= found["calibrated_lift_high"]
+    assert found["calibrated_lift"] == pytest.approx(lift, abs=0.15 + 0.02 * lift)
+    assert found["rare_lift"] == pytest.approx(lift, abs=0.2 + 0.02 * lift)
+    assert found["clear_lift"] == pytest.approx(lift, abs=0.2 + 0.02 * lift)
+
+
+def test_recall_and_lift_obey_the_sources_definitions(data, judge):
+    found = judge.score(planted(data, judge, 0.1)[torch.randperm(4900)[:2000]])
+    recall = found["rare_lift_at_2000"] * judge.p * 2000 / judge.n_test_rare
+    assert found["rare_recall_at_2000"] == pytest.approx(recall)
+    assert found["rare_lift"] == pytest.approx(found["rare_lift_at_2000"])
+
+
+def test_planted_failures_move_the_metric_that_should_notice(data, judge):
+    real = planted(data, judge, 0.1)
+    base = judge.score(real)
+    noise = judge.score((real + 0.5 * torch.randn_like(real)).clamp(0, 1))
+    blur = judge.score(F.avg_pool2d(real, 5, 1, 2))
+    repeated = judge.score(real[:1].repeat(len(real), 1, 1, 1))  # a nine: they come first
+    copies = judge.score(judge.x[:len(real)])
+    dropped = judge.score(planted(data, judge, 0))
+    assert dropped["total_variation"] > 0.015 and dropped["rare_n"] < 30
+    assert repeated["fid"] > 20 * base["fid"] and repeated["rare"]["coverage"] < 0.1
+    assert noise["fid"] > 3 * base["fid"] and blur["fid"] > 3 * base["fid"]
+    assert blur["rare"]["coverage"] < 0.9 * base["rare"]["coverage"]
+    assert copies["copying"] < 0.01 and base["copying"] == pytest.approx(1, abs=0.05)
+    assert base["rare"]["coverage"] == pytest.approx(base["rare_real"]["coverage"], abs=0.05)
