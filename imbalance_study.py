@@ -405,6 +405,7 @@ class Judge:
         thinned = torch.cat([(~is_rare).nonzero()[:, 0], keep])
         self.f_thinned = f[thinned]
         order = torch.randperm(len(self.x), generator=common.generator(config["seed"], "floor"))
+        self.x_some = self.x[order[:5000]]  # rare ones come first in the split, so not the first
         self.floor = common.frechet_distance(self.look(self.x[order[:samples]])[0], self.f_thinned)
         mixed = thinned[torch.randperm(len(thinned), generator=g)[:5000]]
         self.test_distance = self.distances(data.x_test[mixed], data.x_test[is_rare])
@@ -452,7 +453,9 @@ def evaluate(config: dict, args, data, part, model, history, classifier, folder,
     file = folder / "final_metrics.json"
     metrics = common.load_json(file) if file.exists() else {}
     done = metrics.get("samplers", {})
-    todo = [s for s in dict.fromkeys(args.sampler) if done.get(s, {}).get("n") != args.samples]
+    if any(scores["n"] != args.samples for scores in done.values()):
+        done = {}  # the floor, too, depends on the number of samples
+    todo = [s for s in dict.fromkeys(args.sampler) if s not in done]
     if not todo:
         return metrics
     judge = Judge(data, part, config, classifier, args.samples)
@@ -461,7 +464,7 @@ def evaluate(config: dict, args, data, part, model, history, classifier, folder,
     decode = lambda z: in_chunks(lambda c: model.decode(c.to(device)).cpu(), z)
     z, z_val = codes(judge.x), codes(x_val)
     if not done:
-        rebuilt = [decode(codes(x)) for x in (judge.x[-5000:], judge.x[: round(len(z) * judge.p)],
+        rebuilt = [decode(codes(x)) for x in (judge.x_some, judge.x[: round(len(z) * judge.p)],
                                               judge.x_mixed, judge.x_rare)]
         best = min(history, key=lambda row: row["val_loss"])
         metrics = {

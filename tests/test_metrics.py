@@ -120,17 +120,21 @@ def test_the_classifier_does_not_couple_the_images_of_a_batch(data, classifier):
     assert torch.allclose(alone[0], together[0], atol=1e-5)
 
 
-def test_class_share_recovers_a_planted_mixture_through_a_bad_classifier():
-    rng = np.random.default_rng(0)
-    confusion = 0.7 * np.eye(10) + 0.3 * rng.dirichlet(np.ones(10), 10)
-    pi = rng.dirichlet(np.ones(10))
-    draw = lambda y: torch.eye(10)[[rng.choice(10, p=confusion[t]) for t in y]]
-    y_held_out = np.repeat(np.arange(10), 500)
-    y = rng.choice(10, 20_000, p=pi)
-    found = common.class_share(draw(y), draw(y_held_out), torch.from_numpy(y_held_out))
-    inside = (found["low"] <= pi) & (pi <= found["high"])
-    assert inside.sum() >= 9
-    assert np.abs(found["share"] - pi).max() < np.abs(found["counted"] - pi).max() / 2
+def test_class_share_recovers_planted_mixtures_through_bad_classifiers():
+    """Over 40 random classifiers and mixtures: 95 % intervals hold the truth."""
+    rng, eye, inside, errors = np.random.default_rng(0), torch.eye(10), [], []
+    for _ in range(40):
+        confusion = 0.7 * np.eye(10) + 0.3 * rng.dirichlet(np.ones(10), 10)
+        says = lambda y: eye[np.concatenate([  # y sorted
+            np.repeat(np.arange(10), rng.multinomial((y == t).sum(), confusion[t]))
+            for t in range(10)])]
+        pi, y_held_out = rng.dirichlet(np.ones(10)), np.repeat(np.arange(10), 500)
+        y = np.sort(rng.choice(10, 20_000, p=pi))
+        found = common.class_share(says(y), says(y_held_out), torch.from_numpy(y_held_out))
+        inside.append((found["low"] <= pi) & (pi <= found["high"]))
+        errors.append([np.abs(found[k] - pi).max() for k in ["share", "counted"]])
+    assert 0.92 <= np.mean(inside) <= 0.98
+    assert np.mean(errors, 0)[0] < np.mean(errors, 0)[1] / 2
 
 
 @pytest.fixture(scope="module")
