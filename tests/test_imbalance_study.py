@@ -63,10 +63,9 @@ def test_hutchinson_agrees_with_the_full_jacobian():
     model = study.Autoencoder(6, False).double()
     z = torch.randn(40, 6).double()
     exact = study.flatness(model, z)["distortion"]
-    # the ratio of means over many probes; each call probes every code once
-    z_many = z.repeat(500, 1)
-    estimates = [study.distortion(model.decode, z_many).item() for _ in range(5)]
-    error = np.std(estimates, ddof=1) / math.sqrt(5)
+    z_many = z.repeat(25, 1)  # many probes, so that the ratio of means is hardly biased
+    estimates = [study.distortion(model.decode, z_many).item() for _ in range(20)]
+    error = np.std(estimates, ddof=1) / math.sqrt(20)
     assert abs(np.mean(estimates) - exact) < 4 * error + 0.01 * (1 + exact)
 
 
