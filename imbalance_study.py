@@ -265,6 +265,7 @@ def train(config: dict, x: Tensor, x_val: Tensor, folder: Path, args) -> tuple[A
         order = torch.randperm(n, generator=common.generator(seed, "order", epoch)).to(x.device)
         torch.manual_seed(common.seed_from(seed, "noise", epoch))
         losses = torch.stack([step(x[i]) for i in order[:steps * batch_size].split(batch_size)])
+        assert not losses.requires_grad, "an epoch's losses must not hold every step's graph"
         if not losses.isfinite().all():
             bad = (~losses.isfinite().all(1)).nonzero()[0].item() + 1
             raise common.UserError(f"the loss of {title} is not finite in epoch {epoch}, step "
@@ -458,6 +459,7 @@ def evaluate(config: dict, args, data, part, model, history, classifier, folder,
     todo = [s for s in dict.fromkeys(args.sampler) if s not in done]
     if not todo:
         return metrics
+    assert not model.training, "models are measured in eval mode"
     judge = Judge(data, part, config, classifier, args.samples)
     x_val = data.x_train[part["val"]]
     codes = lambda x: in_chunks(lambda c: model.encode(c.to(device))[0].cpu(), x)
