@@ -383,7 +383,7 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     least two rows.
     """
     _check_features(a, b, 2)
-    a, b = a.double().cpu(), b.double().cpu()
+    a, b = a.cpu().double(), b.cpu().double()
     cov_a, cov_b = torch.cov(a.T).view(a.shape[1], -1), torch.cov(b.T).view(a.shape[1], -1)
     values, vectors = torch.linalg.eigh(cov_a)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
@@ -399,7 +399,7 @@ def kernel_distance(a: Tensor, b: Tensor) -> float:
     Source: Binkowski et al. 2018 (arXiv:1801.01401). Raises ValueError as frechet_distance.
     """
     _check_features(a, b, 2)
-    a, b = a.double().cpu(), b.double().cpu()
+    a, b = a.cpu().double(), b.cpu().double()
 
     def total(u: Tensor, v: Tensor) -> float:
         return sum(float((c @ v.T / u.shape[1] + 1).pow_(3).sum()) for c in u.split(2000))
@@ -420,7 +420,7 @@ def manifold_metrics(real: Tensor, fake: Tensor, k: int = 5) -> dict[str, float]
     (arXiv:2002.09797). Raises ValueError unless both have more than k rows.
     """
     _check_features(real, fake, k + 1)
-    real, fake = real.double().cpu(), fake.double().cpu()
+    real, fake = real.cpu().double(), fake.cpu().double()
 
     def distances(u: Tensor, v: Tensor) -> Tensor:  # exact: by products, small ones would cancel
         return torch.cdist(u, v, compute_mode="donot_use_mm_for_euclid_dist")

@@ -367,7 +367,7 @@ def flatness(model: Autoencoder, z: Tensor) -> dict:
     """Distortion and median condition number of G at codes z, from the decoder's full Jacobian."""
     one = lambda code: model.decode(code[None]).flatten()
     j = torch.cat([torch.func.vmap(torch.func.jacfwd(one))(c) for c in z.split(64)])  # (N, 784, d)
-    lam = torch.linalg.eigvalsh((j.transpose(1, 2) @ j).double().cpu())  # of G, (N, d)
+    lam = torch.linalg.eigvalsh((j.transpose(1, 2) @ j).cpu().double())  # of G, (N, d)
     trace, square = lam.sum(1).mean(), lam.square().sum(1).mean()
     return {"distortion": float(z.shape[1] * square / trace**2 - 1),
             "condition_number": float((lam[:, -1] / lam[:, 0].clamp(min=1e-12)).median())}
