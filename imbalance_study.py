@@ -449,16 +449,23 @@ class Judge:
         return scores
 
 
+def progress(folder: Path, args) -> tuple[dict, list[str]]:
+    """What a run's final_metrics.json holds, and the samplers asked for that are not in it.
+
+    Metrics on another number of samples do not count: the floor, too, depends on it.
+    """
+    file = folder / "final_metrics.json"
+    metrics = common.load_json(file) if file.exists() else {}
+    if any(scores["n"] != args.samples for scores in metrics.get("samplers", {}).values()):
+        metrics = {}
+    return metrics, [s for s in dict.fromkeys(args.sampler) if s not in metrics.get("samplers", {})]
+
+
 def evaluate(config: dict, args, data, part, model, history, classifier, folder, device) -> dict:
     """Fill in final_metrics.json: for each sampler asked for that is not in it, everything."""
     file = folder / "final_metrics.json"
-    metrics = common.load_json(file) if file.exists() else {}
+    metrics, todo = progress(folder, args)
     done = metrics.get("samplers", {})
-    if any(scores["n"] != args.samples for scores in done.values()):
-        done = {}  # the floor, too, depends on the number of samples
-    todo = [s for s in dict.fromkeys(args.sampler) if s not in done]
-    if not todo:
-        return metrics
     assert not model.training, "models are measured in eval mode"
     judge = Judge(data, part, config, classifier, args.samples)
     x_val = data.x_train[part["val"]]
@@ -812,9 +819,13 @@ def main(argv=None) -> dict:
         common.open_run(folder, config, args.fresh)
     classifier, metrics = common.load_classifier(data, device), {}
     for config, part, folder in zip(runs, parts, folders, strict=True):
+        name = f"{variant(config)}/seed_{config['seed']}"
+        metrics[name], todo = progress(folder, args)
+        if not todo:  # finished, whether or not its weights are still here
+            continue
         x, x_val = (data.x_train[part[k]].to(device) for k in ["train", "val"])
         model, history = train(config, x, x_val, folder, args)
-        metrics[f"{variant(config)}/seed_{config['seed']}"] = evaluate(
+        metrics[name] = evaluate(
             config, args, data, part, model, history, classifier, folder, device)
     report(root)
     print(f"report: {root / 'report.md'}")

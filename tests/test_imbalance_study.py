@@ -186,9 +186,11 @@ def test_a_run_end_to_end_writes_what_it_should(tmp_path):
     (root / "report.md").unlink()
     study.main([*argv, "--report-only"])
     assert (root / "report.md").read_bytes() == before
-    stamp = (folder / "best_model.pt").stat().st_mtime_ns
-    study.main([*argv, "--model", "ga-ae"])  # finished: nothing is trained again
-    assert (folder / "best_model.pt").stat().st_mtime_ns == stamp
+    for weights in ["best_model.pt", "checkpoint.pt"]:
+        (folder / weights).unlink()
+    study.main([*argv, "--model", "ga-ae"])  # finished: skipped, even without its weights
+    assert not (folder / "checkpoint.pt").exists()
+    assert (root / "report.md").read_bytes() == before
 
 
 def test_an_interrupted_run_continues_bitwise(tmp_path, monkeypatch):
@@ -315,6 +317,7 @@ def test_another_configuration_and_a_corrupt_checkpoint_are_refused(tmp_path):
     kept = (folder / "best_model.pt").read_bytes()
     with pytest.raises(common.UserError, match=r"lr = 0.002, not 0.5.*--fresh"):
         study.main([*argv, "--lr", "0.5"])
+    (folder / "final_metrics.json").unlink()  # a finished run needs no checkpoint
     (folder / "checkpoint.pt").write_bytes(b"not a checkpoint")
     with pytest.raises(common.UserError, match=r"checkpoint.pt is corrupt.*--fresh"):
         study.main(argv)
