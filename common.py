@@ -223,8 +223,8 @@ def glyphs(seed: int = 0) -> Data:
     """60,000 + 10,000 digits drawn from matplotlib's fonts: random stroke width, affine map and
     bend.
 
-    Needs no file and no network; about three seconds. Deterministic given the seed and matplotlib's
-    version.
+    Needs no file and no network; under ten seconds on two cores. Deterministic given the
+    seed and matplotlib's version.
     """
     from PIL import Image, ImageDraw, ImageFont
 
@@ -310,7 +310,7 @@ class MetricClassifier(nn.Module):
 
 def train_classifier(data: Data, device: torch.device, epochs: int = 8,
                      batch_size: int = 128) -> dict[str, Tensor]:
-    """Weights (float16, CPU) of a classifier trained on the full balanced training set; about 80 s
+    """Weights (float16, CPU) of a classifier trained on the full balanced training set; about 90 s
     on two cores.
 
     Plain cross-entropy, no label smoothing: p >= 0.9 must mean something. Random shifts for digits,
