@@ -673,8 +673,8 @@ def section(root: Path, digit: int, ratio: float, size: int, models: dict[str, l
 
     lines += ["### Why arg-max lift misleads",
               " ".join(f"{m}: arg-max counts {mean(m, 'rare_lift'):.2f} × the training share, "
-                       f"and {mean(m, 'clear_lift'):.2f} × when the classifier must be sure (p ≥ 0.9, "
-                       "relative to real images)." for m in head),
+                       f"and {mean(m, 'clear_lift'):.2f} × when the classifier must be sure "
+                       "(p ≥ 0.9, relative to real images)." for m in head),
               "The classifier must name one of ten digits, so blends of neighbouring digits are "
               "called "
               "something. The calibrated lift corrects for its confusion on real images; it cannot "
