@@ -5,10 +5,9 @@ an autoencoder (AE) and an autoencoder with geometric regularisation (GA-AE) lea
 labels; four samplers draw codes for each. A classifier that knows all ten digits counts what comes
 out: the rare class's lift is its share among samples over its share in training (1 is faithful).
 
-    python imbalance_study.py --model ga-ae --rare-digit 9        # the main job python
-    imbalance_study.py --geometry 0 5 --seeds 0 1 2        # the whole study with its ablation
-    python imbalance_study.py --epochs 1 --train-size 2000 --samples 2000 --dataset glyphs    #
-    smoke
+    python imbalance_study.py --model ga-ae --rare-digit 9           # the main job
+    python imbalance_study.py --geometry 0 5 --seeds 0 1 2           # the study with its ablation
+    python imbalance_study.py --dataset glyphs --train-size 2000 --epochs 1 --samples 2000  # smoke
 
 Writes results/imbalance_study/<dataset>/<variant>/seed_<s>/ (weights, metrics, pictures) and, from
 every finished run, results/imbalance_study/<dataset>/report.md.
@@ -22,9 +21,9 @@ Differences from the source study:
  5. 20,000 samples (the source: 2,000), several samplers, and reference rows from real images.
 
 References: Kingma and Welling 2014, arXiv:1312.6114 (VAE); Lee et al. 2022, "Regularized
-autoencoders for isometric representation learning" (relaxed distortion); Ghosh et al. 2020,
-arXiv:1903.12436 (ex-post density); Naeem et al. 2020, arXiv:2002.09797 (density, coverage); Rogan
-and Gladen 1978 (correction).
+autoencoders for isometric representation learning" (relaxed distortion); Karras et al. 2020,
+arXiv:1912.04958 (lazy regularization); Ghosh et al. 2020, arXiv:1903.12436 (ex-post density); Naeem
+et al. 2020, arXiv:2002.09797 (density, coverage); Rogan and Gladen 1978 (correction).
 """
 
 import math
@@ -129,7 +128,7 @@ def split(data: common.Data, config: dict) -> dict[str, Tensor]:
 
 
 class Autoencoder(nn.Module):
-    """Convolutional encoder and decoder, the same for all three methods (0.8 million parameters).
+    """Convolutional encoder and decoder, the same for all three methods (1.2 million parameters).
 
     No normalisation anywhere: BatchNorm would couple the images of a batch, so that the decoder's
     Jacobian at one code would depend on the others. A VAE's encoder has a log-variance beside the
@@ -144,9 +143,9 @@ class Autoencoder(nn.Module):
             nn.Conv2d(16, 32, 4, stride=2, padding=1), nn.SiLU(), nn.Flatten(),  # (B, 32 * 7 * 7)
             nn.Linear(1568, 256), nn.SiLU(), nn.Linear(256, latent_dim * (2 if variational else 1)))
         self.decoder = nn.Sequential(
-            nn.Linear(latent_dim, 256), nn.SiLU(), nn.Linear(256, 1568), nn.SiLU(),
-            nn.Unflatten(1, (32, 7, 7)),
-            nn.ConvTranspose2d(32, 16, 4, stride=2, padding=1), nn.SiLU(),  # (B, 16, 14, 14)
+            nn.Linear(latent_dim, 256), nn.SiLU(), nn.Linear(256, 3136), nn.SiLU(),
+            nn.Unflatten(1, (64, 7, 7)),  # twice the encoder's width: samples are the decoder's
+            nn.ConvTranspose2d(64, 16, 4, stride=2, padding=1), nn.SiLU(),  # (B, 16, 14, 14)
             nn.ConvTranspose2d(16, 1, 4, stride=2, padding=1))  # logits (B, 1, 28, 28)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -197,11 +196,13 @@ def distortion(decode, z: Tensor) -> Tensor:
     return z.shape[1] * gv.square().sum(1).mean() / trace.square() - 1
 
 
-def objective(model: Autoencoder, x: Tensor, config: dict) -> Tensor:
+def objective(model: Autoencoder, x: Tensor, config: dict, times: int = 1) -> Tensor:
     """(total, reconstruction, code term, distortion) of a batch, (4,); the first three are nats.
 
-    The distortion is taken on a quarter of the batch, which is what keeps an epoch of the GA-AE
-    below twice one of the AE; a batch of fewer than 8 images is taken whole.
+    The distortion is taken on a quarter of the batch and counts `times` over: training takes it
+    twice at every second step and not between, so that an epoch of the GA-AE costs less than two of
+    the AE ("lazy regularization", Karras et al. 2020, arXiv:1912.04958). A batch of fewer than 8
+    images is taken whole.
     """
     mu, logvar = model.encode(x)
     z = mu if logvar is None else mu + torch.randn_like(mu) * (0.5 * logvar).exp()
@@ -211,9 +212,9 @@ def objective(model: Autoencoder, x: Tensor, config: dict) -> Tensor:
         code = config["beta"] * kl_nats(mu, logvar)
     elif config["model"] == "ga-ae":
         code = config["code_penalty"] * 0.5 * z.square().sum(1).mean()
-        if config["geometry"] > 0:
+        if config["geometry"] > 0 and times:
             part = max(len(x) // 4, min(len(x), 8))
-            bent = distortion(model.decode, mixup(z[:part]))
+            bent = times * distortion(model.decode, mixup(z[:part]))
     total = reconstruction + code + config.get("geometry", 0) * bent
     return torch.stack([total, reconstruction, code, bent])
 
@@ -246,8 +247,8 @@ def train(config: dict, x: Tensor, x_val: Tensor, folder: Path, args) -> tuple[A
 
     losses_of = torch.compile(objective) if args.compile else objective
 
-    def step(batch: Tensor) -> Tensor:
-        losses = losses_of(model, batch, config)
+    def step(batch: Tensor, times: int) -> Tensor:
+        losses = losses_of(model, batch, config, times)
         optimizer.zero_grad()
         losses[0].backward()
         optimizer.step()
@@ -264,7 +265,8 @@ def train(config: dict, x: Tensor, x_val: Tensor, folder: Path, args) -> tuple[A
             group["lr"] = config["lr"] * 0.5 * (1 + cosine)
         order = torch.randperm(n, generator=common.generator(seed, "order", epoch)).to(x.device)
         torch.manual_seed(common.seed_from(seed, "noise", epoch))
-        losses = torch.stack([step(x[i]) for i in order[:steps * batch_size].split(batch_size)])
+        batches = order[:steps * batch_size].split(batch_size)
+        losses = torch.stack([step(x[i], 2 * (k % 2 == 0)) for k, i in enumerate(batches)])
         assert not losses.requires_grad, "an epoch's losses must not hold every step's graph"
         if not losses.isfinite().all():
             bad = (~losses.isfinite().all(1)).nonzero()[0].item() + 1
@@ -308,32 +310,38 @@ def in_chunks(f, x: Tensor) -> Tensor:
     return torch.cat([f(c) for c in x.split(1000)])
 
 
-def local_gaussians(z: Tensor, z_val: Tensor, k: int = 20) -> tuple[Tensor, float]:
-    """Cholesky factors (N, d, d) of the covariance of each code's k nearest, and the bandwidth h.
+def local_gaussians(z: Tensor, z_val: Tensor, k: int = 20) -> tuple[Tensor, Tensor, float]:
+    """Means (N, d) and Cholesky factors (N, d, d) of each code's neighbours, and the bandwidth h.
 
-    z_i + h L_i e, with i uniform and e ~ N(0, I), has the density whose h maximises the likelihood
-    of the validation codes; covariances are shrunk by 10 % towards a ball of the same trace.
+    A neighbourhood is a code and its k nearest; the density is the mixture of N(m_i, h^2 S_i), i
+    uniform, and h maximises the likelihood of the validation codes (EM on the one scale they
+    share). Centred on the codes themselves the spread of a neighbourhood would count twice, and
+    validation codes are less likely. Covariances are shrunk by 10 % towards a ball of equal trace.
     """
     n, d = z.shape
     norm = z.square().sum(1)
     near = torch.cat([torch.addmm(norm, c, z.T, alpha=-2).topk(min(k, n - 1) + 1,
                                                                largest=False).indices
                       for c in z.split(500)])
-    spread = z[near] - z[near].mean(1, keepdim=True)  # (N, k + 1, d); the code itself is among them
+    mean = z[near].mean(1)  # the code itself is among them
+    spread = z[near] - mean[:, None]  # (N, k + 1, d)
     cov = spread.transpose(1, 2) @ spread / (near.shape[1] - 1)
     ball = cov.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] * torch.eye(d)
     factor = torch.linalg.cholesky(0.9 * cov + 0.1 * ball + 1e-8 * torch.eye(d))
-    widths = torch.logspace(-1.3, 0.5, 28)  # h from 0.05 to 3.2
-    total = torch.full((len(widths), len(z_val)), -math.inf)
-    for c, code in zip(factor.split(1000), z.split(1000), strict=True):
-        inverse = torch.linalg.solve_triangular(c, torch.eye(d), upper=False)
-        offset = (inverse @ code[:, :, None])  # (1000, d, 1)
-        m = (inverse.reshape(-1, d) @ z_val.T).view(len(c), d, -1).sub_(offset).square_().sum(1)
-        volume = c.diagonal(dim1=1, dim2=2).log().sum(1)[:, None]
-        for j, h in enumerate(widths.tolist()):
-            part = torch.logsumexp(-0.5 / h**2 * m - volume, 0) - d * math.log(h)
-            total[j] = torch.logaddexp(total[j], part)
-    return factor, widths[total.mean(1).argmax()].item()
+    volume = factor.diagonal(dim1=1, dim2=2).log().sum(1)
+    far = torch.empty(len(z_val), n)  # squared Mahalanobis distances
+    for i in range(0, n, 1000):
+        inverse = torch.linalg.solve_triangular(factor[i:i + 1000], torch.eye(d), upper=False)
+        at = (inverse.reshape(-1, d) @ z_val.T).view(len(inverse), d, -1)
+        at -= inverse @ mean[i:i + 1000, :, None]
+        far[:, i:i + 1000] = at.square_().sum(1).T
+    h = 1.0
+    for _ in range(50):
+        explained = [((c * (-0.5 / h**2 * c - volume).softmax(1)).sum(1)) for c in far.split(500)]
+        h, last = math.sqrt(float(torch.cat(explained).mean()) / d), h
+        if abs(h / last - 1) < 1e-3:
+            break
+    return mean, factor, h
 
 
 def draw_codes(sampler: str, n: int, z: Tensor, z_val: Tensor, seed: int) -> tuple[Tensor, dict]:
@@ -357,9 +365,9 @@ def draw_codes(sampler: str, n: int, z: Tensor, z_val: Tensor, seed: int) -> tup
         factor = torch.linalg.cholesky(torch.from_numpy(gmm.covariances_)).float()[which]
         codes = torch.from_numpy(gmm.means_).float()[which] + (factor @ noise[:, :, None])[..., 0]
         return codes, {"weights": gmm.weights_.tolist()}
-    factor, h = local_gaussians(z, z_val)
+    mean, factor, h = local_gaussians(z, z_val)
     which = torch.randint(len(z), (n,), generator=g)
-    return z[which] + h * (factor[which] @ noise[:, :, None])[..., 0], {"bandwidth": h}
+    return mean[which] + h * (factor[which] @ noise[:, :, None])[..., 0], {"bandwidth": h}
 
 
 @torch.no_grad()

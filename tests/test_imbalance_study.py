@@ -76,6 +76,19 @@ def test_distortion_trains_the_decoder_and_the_encoder():
     assert model.decoder[0].weight.grad.abs().sum() > 0
 
 
+def test_the_geometry_of_every_second_step_counts_twice():
+    model, x = study.Autoencoder(4, False), torch.rand(32, 1, 28, 28)
+    config = {"model": "ga-ae", "code_penalty": 0.01, "geometry": 5.0}
+    found = []
+    for times in [0, 1, 2]:
+        torch.manual_seed(0)
+        found.append(study.objective(model, x, config, times))
+        total, reconstruction, code, bent = found[-1]
+        assert total.item() == pytest.approx((reconstruction + code + 5 * bent).item())
+    assert found[0][3] == 0 and found[1][3] > 0
+    assert found[2][3].item() == pytest.approx(2 * found[1][3].item())
+
+
 def jacobian_of_first(decoder, z):
     return torch.autograd.functional.jacobian(lambda c: decoder(torch.cat([c, z[1:]]))[0], z[:1])
 
@@ -127,11 +140,12 @@ def test_gaussian_and_prior_samplers_have_the_right_moments(mixture):
 
 def test_the_bandwidth_maximises_the_validation_likelihood(mixture):
     z, z_val = mixture[0][:400], mixture[1]
-    factor, h = study.local_gaussians(z, z_val)
+    mean, factor, h = study.local_gaussians(z, z_val)
     def likelihood(width):
-        parts = torch.distributions.MultivariateNormal(z, scale_tril=width * factor)
+        parts = torch.distributions.MultivariateNormal(mean, scale_tril=width * factor)
         return torch.logsumexp(parts.log_prob(z_val[:, None]), 1).mean()
-    assert likelihood(h) > likelihood(h * 0.8) and likelihood(h) > likelihood(h * 1.25)
+    assert likelihood(h) > likelihood(h * 0.95) and likelihood(h) > likelihood(h * 1.05)
+    assert torch.equal(mean[7], z[(z - z[7]).norm(dim=1).argsort()[:21]].mean(0))
 
 
 # --------------------------------------------------------------------------------------------- data
@@ -218,10 +232,10 @@ def test_an_interrupted_run_continues_bitwise(tmp_path, monkeypatch):
 
 def test_the_order_of_the_batches_is_shuffled_in_every_epoch(tmp_path, monkeypatch):
     seen, real = [], study.objective
-    def spy(model, x, config):
+    def spy(model, x, config, times=1):
         if model.training and torch.is_grad_enabled():
             seen.append(x.clone())
-        return real(model, x, config)
+        return real(model, x, config, times)
     monkeypatch.setattr(study, "objective", spy)
     study.main([*SMOKE, "--model", "ae", "--sampler", "prior", "--epochs", "2", "--out-dir",
                 str(tmp_path)])
