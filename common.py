@@ -134,8 +134,8 @@ def pick_device(name: str) -> torch.device:
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
              "cpu": True}
     if name != "auto" and not there[name]:
-        raise UserError(f"--device {name}: this machine has none that torch can use; take "
-                        f"--device auto")
+        raise UserError(f"--device {name}: this machine has none that torch can use; take --device "
+                        "auto")
     chosen = name if name != "auto" else next(d for d, ok in there.items() if ok)
     torch.set_float32_matmul_precision("high")  # TF32 on CUDA; statistics are float64 on the CPU
     print(f"device: {chosen}" + ("" if name != "auto" else " (the fastest here)"))
@@ -206,11 +206,11 @@ def _torchvision_data(dataset: str, data_dir: str) -> Data:
         body = (raw / file).read_bytes()
         if body[: len(header)] != header:
             raise UserError(f"{raw / file} does not begin like a {name} file; delete it to "
-                            f"download it again")
+                            "download it again")
         if len(body) != len(header) + n * math.prod(dims):
             raise UserError(f"{raw / file} has {len(body)} bytes, not "
-                            f"{len(header) + n * math.prod(dims)}: "
-                            "truncated or foreign; delete it to download it again")
+                            f"{len(header) + n * math.prod(dims)}: truncated or foreign; delete it "
+                            "to download it again")
         if not dims and max(body[len(header):]) > 9:
             raise UserError(f"{raw / file} has labels outside 0..9; delete it to download it again")
     train, test = cls(data_dir, train=True), cls(data_dir, train=False)
@@ -362,7 +362,7 @@ def load_classifier(data: Data, device: torch.device,
                                v in load_torch(path).items()})
     except (RuntimeError, AttributeError):
         raise UserError(f"{path} does not hold a metric classifier; delete it to train it "
-                        f"again") from None
+                        "again") from None
     model = model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
     model.sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     model.accuracy = (model.look(data.x_test)[1].argmax(1) == data.y_test).double().mean().item()
@@ -445,8 +445,7 @@ def manifold_metrics(real: Tensor, fake: Tensor, k: int = 5) -> dict[str, float]
 def _check_features(a: Tensor, b: Tensor, rows: int) -> None:
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < rows:
         raise ValueError(f"features must be (N, D) and (M, D) with N, M >= {rows}, not "
-                         f"{tuple(a.shape)} "
-                         f"and {tuple(b.shape)}")
+                         f"{tuple(a.shape)} and {tuple(b.shape)}")
 
 
 def class_share(probs: Tensor, held_out_probs: Tensor, held_out_y: Tensor,
@@ -551,8 +550,7 @@ def open_run(folder: Path, config: dict, fresh: bool) -> None:
     for key in [*config, *there]:
         if config.get(key) != there.get(key):
             raise UserError(f"{folder} holds a run with {key} = {there.get(key)}, not "
-                            f"{config.get(key)}; "
-                            "--fresh replaces it, another --out-dir keeps it")
+                            f"{config.get(key)}; --fresh replaces it, another --out-dir keeps it")
 
 
 def finished_runs(root: Path) -> list[dict]:

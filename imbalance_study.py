@@ -108,17 +108,15 @@ def split(data: common.Data, config: dict) -> dict[str, Tensor]:
     n_rare, val_rare = round(ratio * n), round(ratio * n_val)
     if n_rare < 1:
         raise common.UserError(f"--rare-ratio {ratio:g} of {n} images rounds to no image of the "
-                               f"rare "
-                               f"class; the smallest possible is {1 / n:g}")
+                               f"rare class; the smallest possible is {1 / n:g}")
     if n_rare + val_rare > len(pools[True]):
-        raise common.UserError(f"--rare-ratio {ratio:g} needs {n_rare + val_rare} images of "
-                               f"class {rare}"
-                               f", there are {len(pools[True])}; the largest possible is "
+        raise common.UserError(f"--rare-ratio {ratio:g} needs {n_rare + val_rare} images of class "
+                               f"{rare}, there are {len(pools[True])}; the largest possible is "
                                f"{math.floor(1e4 * len(pools[True]) / (n + n_val)) / 1e4:g}")
     if n - n_rare + n_val - val_rare > len(pools[False]):
-        raise common.UserError(f"--train-size {n} needs {n - n_rare + n_val - val_rare} images "
-                               f"of the "
-                               f"other classes, there are {len(pools[False])}; take a smaller one")
+        raise common.UserError(f"--train-size {n} needs {n - n_rare + n_val - val_rare} images of "
+                               f"the other classes, there are {len(pools[False])}; take a smaller "
+                               "one")
     both = {"train": [(True, 0, n_rare), (False, 0, n - n_rare)],
             "val": [(True, n_rare, val_rare), (False, n - n_rare, n_val - val_rare)]}
     return {k: torch.cat([pools[r][a:a + m] for r, a, m in parts]) for k, parts in both.items()}
@@ -271,8 +269,7 @@ def train(config: dict, x: Tensor, x_val: Tensor, folder: Path, args) -> tuple[A
         if not losses.isfinite().all():
             bad = (~losses.isfinite().all(1)).nonzero()[0].item() + 1
             raise common.UserError(f"the loss of {title} is not finite in epoch {epoch}, step "
-                                   f"{bad}; "
-                                   f"{folder} keeps epoch {epoch - 1}; try a lower --lr")
+                                   f"{bad}; {folder} keeps epoch {epoch - 1}; try a lower --lr")
         seconds = time.perf_counter() - start
         torch.manual_seed(common.seed_from(seed, "validation"))  # the same noise in every epoch
         with torch.no_grad():
@@ -555,13 +552,11 @@ def figures_of_samples(config, folder: Path, sampler: str, x: Tensor, judge: Jud
                                                                p[-64:])]:
         common.save_grid(folder / f"rare_{which}.png", x[index], 8,
                          f"{name}: {len(index)} {which.replace('_', ' ')} of {len(order)} called "
-                         f"{rare}"
-                         f" (p {q[-1]:.2f} to {q[0]:.2f})")
+                         f"{rare} (p {q[-1]:.2f} to {q[0]:.2f})")
     some = x[called[:16]]
     pairs = torch.cat([some, judge.x[common.nearest(some, judge.x)[1]]])
     common.save_grid(folder / "nearest.png", pairs, len(some),
-                     f"{name}: samples called {rare} above "
-                     "their nearest training images")
+                     f"{name}: samples called {rare} above their nearest training images")
 
 
 def report(root: Path) -> str:
@@ -576,8 +571,7 @@ def report(root: Path) -> str:
         cell.setdefault(label(c), []).append(run)
     dataset = common.DATASETS[runs[0]["config"]["dataset"]]
     parts = [f"# The imbalance study on {dataset}\n\nDoes a generative model keep a rare class, "
-             f"and "
-             "does the geometry of its latent space matter?"]
+             "and does the geometry of its latent space matter?"]
     for key in sorted(cells):
         parts.append(section(root, *key, cells[key]))
     parts.append(made(runs))
@@ -618,8 +612,8 @@ def section(root: Path, digit: int, ratio: float, size: int, models: dict[str, l
             if values(runs, s, "rare_lift"):
                 low, high = mean(m, "calibrated_lift_low", s), mean(m, "calibrated_lift_high", s)
                 source = SOURCE_LIFT.get(m, "") if s == head.get(m) else ""
-                rows.append([f"{'**' if s == head.get(m) else ''}{m}, {s}"
-                             f"{'**' if s == head.get(m) else ''}",
+                rows.append([f"{'**' if s == head.get(m) else ''}{m}, "
+                             f"{s}{'**' if s == head.get(m) else ''}",
                              len(values(runs, s, "rare_lift")),
                              common.mean_std([100 * v for v in values(runs, s,
                                                                       "rare_recall_at_2000")],
@@ -632,15 +626,12 @@ def section(root: Path, digit: int, ratio: float, size: int, models: dict[str, l
          "calibrated lift", "95 % interval", "clear lift", "FID", "class TV"], rows))
     lines.append(
         f"Headline samplers in bold; {first['samplers'][next(iter(first['samplers']))]['n']:,} "
-        f"samples "
-        f"per run; ± is the standard deviation over n seeds; the interval is the mean over seeds "
-        f"of "
-        f"each run's. FID is in the features of the metric classifier (test accuracy "
+        "samples per run; ± is the standard deviation over n seeds; the interval is the mean over "
+        "seeds of each run's. FID is in the features of the metric classifier (test accuracy "
         f"{100 * first['classifier']['accuracy']:.2f} %), not Inception's, against test images "
-        f"thinned "
-        f"to the training proportions; an equally large sample of the training set scores "
-        f"{floor} (the "
-        "floor). The class histogram's total variation is from the training proportions.")
+        "thinned to the training proportions; an equally large sample of the training set scores "
+        f"{floor} (the floor). The class histogram's total variation is from the training "
+        "proportions.")
 
     rows = [["real test images", "", *[""] * 4, "1", "1", ""]]
     for m, s in head.items():
@@ -661,9 +652,10 @@ def section(root: Path, digit: int, ratio: float, size: int, models: dict[str, l
         ["", "rare images", "rare KID", "precision", "density", "coverage", "copying",
          "copying, rare",
          "s to sample"], rows),
-        "Samples called rare against half of the real rare test images, beside what the other half "
-        "scores at the same number (coverage grows with it). Copying is the mean distance to the "
-        "nearest training image over that of test images: 1 is as new as a test image, 0 a copy."]
+        "Samples called rare against half of the real rare test images, beside what the other "
+        "half scores at the same number (coverage grows with it). Copying is the mean distance to "
+        "the nearest training image over that of test images: 1 is as new as a test image, 0 a "
+        "copy."]
 
     rows = [[m, common.mean_std([r["metrics"]["flatness"]["distortion"] for r in runs], 3),
              common.mean_std([r["metrics"]["flatness"]["condition_number"] for r in runs], 1),
@@ -674,20 +666,18 @@ def section(root: Path, digit: int, ratio: float, size: int, models: dict[str, l
     lines += ["### The geometry reached, and its cost", common.table(
         ["model", "distortion", "condition number of G", "validation reconstruction (nats)",
          "s per epoch", "s to train"], rows),
-        "Distortion d·E[Tr G²]/E[Tr G]² − 1 and the median condition number of the pullback metric "
-        "G = JᵀJ, exact, at validation codes; 0 and 1 for a scaled isometry. Validation images "
-        "contain "
-        "grey pixels, so the reconstruction has a floor above 0."]
+        "Distortion d·E[Tr G²]/E[Tr G]² − 1 and the median condition number of the pullback "
+        "metric G = JᵀJ, exact, at validation codes; 0 and 1 for a scaled isometry. Validation "
+        "images contain grey pixels, so the reconstruction has a floor above 0."]
 
     lines += ["### Why arg-max lift misleads",
               " ".join(f"{m}: arg-max counts {mean(m, 'rare_lift'):.2f} × the training share, "
-                       f"and {mean(m, 'clear_lift'):.2f} × when the classifier must be sure "
-                       "(p ≥ 0.9, relative to real images)." for m in head),
+                       f"and {mean(m, 'clear_lift'):.2f} × when the classifier must be sure (p ≥ "
+                       "0.9, relative to real images)." for m in head),
               "The classifier must name one of ten digits, so blends of neighbouring digits are "
-              "called "
-              "something. The calibrated lift corrects for its confusion on real images; it cannot "
-              "correct for blends that no real image resembles. The least clear samples called "
-              "rare:"]
+              "called something. The calibrated lift corrects for its confusion on real images; "
+              "it cannot correct for blends that no real image resembles. The least clear samples "
+              "called rare:"]
     shown = {m: models[m][0]["folder"].as_posix() for m in head}
     picture = lambda m, name: f"![{m}: {name}]({shown[m]}/{name})" if (
         root / shown[m] / name).exists() else ""
@@ -698,8 +688,7 @@ def section(root: Path, digit: int, ratio: float, size: int, models: dict[str, l
     lines += [f"![Lift with 95 % intervals]({stem}_lift.png)", "### The ablation",
               f"![Every model with every sampler]({stem}_ablation.png)",
               "Rows differ in the model, columns in the sampler alone. AE + local and λ = 0 + "
-              "local are "
-              "the fair baselines of the geometry.", "### Pictures",
+              "local are the fair baselines of the geometry.", "### Pictures",
               f"![Classes of the samples]({stem}_classes.png)"]
     for m, s in head.items():
         names = [f"samples_{s}.png", "rare_clearest.png", "nearest.png", "losses.png", "tsne.png"]
