@@ -53,7 +53,8 @@ class Parser(argparse.ArgumentParser):
     2.
     """
 
-    def __init__(self, doc: str, *, epochs: int, batch_size: int, lr: float):
+    def __init__(self, doc: str, *, epochs: int, batch_size: int,
+                 lr: float | list[float]):
         super().__init__(
             description=doc.strip().splitlines()[0],
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -67,7 +68,8 @@ class Parser(argparse.ArgumentParser):
         flag("--out-dir", default="results", help="run folders and reports are written below it")
         flag("--epochs", type=number(int, 1), default=epochs, help="passes over the training set")
         flag("--batch-size", type=number(int, 1), default=batch_size, help="images per step")
-        flag("--lr", type=number(float, 0, above=True), default=lr, help="Adam's rate at the start")
+        flag("--lr", type=number(float, 0, above=True), default=lr,
+             nargs="+" if isinstance(lr, list) else None, help="learning rate at the start")
         flag("--seeds", type=number(int, 0, 2**31), nargs="+", default=[0], help="one run for each")
         flag("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto",
              help="auto: the fastest there is")
@@ -551,6 +553,42 @@ def open_run(folder: Path, config: dict, fresh: bool) -> None:
         if config.get(key) != there.get(key):
             raise UserError(f"{folder} holds a run with {key} = {there.get(key)}, not "
                             f"{config.get(key)}; --fresh replaces it, another --out-dir keeps it")
+
+
+def restore(folder: Path, config: dict, parts: dict) -> list[dict]:
+    """Put the states of a run's checkpoint into `parts` (modules, optimisers by name); its history.
+
+    Without a checkpoint the parts stay as they are and the history is empty.
+    """
+    file = folder / "checkpoint.pt"
+    if not file.exists():
+        return []
+    saved = load_torch(file)
+    try:
+        assert saved["config"] == config
+        for name, part in parts.items():
+            part.load_state_dict(saved[name])
+        return saved["history"]
+    except Exception:
+        raise UserError(f"{file} is not a checkpoint of this run; --fresh starts over") from None
+
+
+def save_epoch(folder: Path, config: dict, history: list[dict], parts: dict, best: bool,
+               board=None) -> None:
+    """After an epoch: checkpoint.pt, if it is the best so far best_model.pt (modules only),
+    history.csv, a line in training.log, and the scalars on the TensorBoard writer, if any.
+    """
+    states = {name: part.state_dict() for name, part in parts.items()}
+    row = history[-1]
+    if best:
+        modules = {k: v for k, v in states.items() if isinstance(parts[k], nn.Module)}
+        save_torch(folder / "best_model.pt", {"config": config, "epoch": row["epoch"], **modules})
+    save_torch(folder / "checkpoint.pt", {"config": config, "history": history, **states})
+    save_history(folder / "history.csv", history)
+    with open(folder / "training.log", "a", encoding="utf-8") as log:
+        print(" ".join(f"{k}={v:.4g}" for k, v in row.items()), file=log)
+    for key, value in row.items() if board else ():
+        board.add_scalar(key, value, row["epoch"])
 
 
 def finished_runs(root: Path) -> list[dict]:

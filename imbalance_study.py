@@ -231,18 +231,8 @@ def train(config: dict, x: Tensor, x_val: Tensor, folder: Path, args) -> tuple[A
     model = Autoencoder(config["latent_dim"], config["model"] == "vae")
     model = model.to(x.device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(model.parameters(), lr=config["lr"], fused=x.device.type != "mps")
-    history, best = [], folder / "best_model.pt"
-    if (folder / "checkpoint.pt").exists():
-        saved = common.load_torch(folder / "checkpoint.pt")
-        try:
-            assert saved["config"] == config
-            model.load_state_dict(saved["model"])
-            optimizer.load_state_dict(saved["optimizer"])
-            history = saved["history"]
-        except Exception:
-            raise common.UserError(f"{folder / 'checkpoint.pt'} is not a checkpoint of this run; "
-                                   "--fresh starts over") from None
-
+    parts = {"model": model, "optimizer": optimizer}
+    history = common.restore(folder, config, parts)
     losses_of = torch.compile(objective) if args.compile else objective
 
     def step(batch: Tensor, times: int) -> Tensor:
@@ -280,22 +270,13 @@ def train(config: dict, x: Tensor, x_val: Tensor, folder: Path, args) -> tuple[A
                **dict(zip([f"val_{k}" for k in names], val.tolist(), strict=True)),
                "seconds": seconds}
         history.append(row)
-        if row["val_loss"] <= min(h["val_loss"] for h in history):
-            common.save_torch(best, {"config": config, "model": model.state_dict(), "epoch": epoch})
-        common.save_torch(folder / "checkpoint.pt", {
-            "config": config, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-            "history": history})
-        common.save_history(folder / "history.csv", history)
-        with open(folder / "training.log", "a", encoding="utf-8") as log:
-            print(" ".join(f"{k}={v:.4g}" for k, v in row.items()), file=log)
-        for key, value in row.items() if board else ():
-            board.add_scalar(key, value, epoch)
+        best = row["val_loss"] <= min(h["val_loss"] for h in history)
+        common.save_epoch(folder, config, history, parts, best, board)
         bar.set_postfix(train=f"{row['train_loss']:.2f}", val=f"{row['val_loss']:.2f}",
                         refresh=False)
         bar.update()
     bar.close()
-    saved = common.load_torch(best)
-    model.load_state_dict(saved["model"])
+    model.load_state_dict(common.load_torch(folder / "best_model.pt")["model"])
     return model.eval(), history
 
 

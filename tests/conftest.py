@@ -1,6 +1,8 @@
 """Fixtures: real MNIST where MNIST_DATA_DIR names it, glyphs otherwise; the metric classifier."""
 
+import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -35,3 +37,38 @@ def seen(data, classifier):
     """What the classifier makes of the test set: features (10000, 64), probabilities (10000, 10).
     """
     return classifier.look(data.x_test)
+
+
+def numbers(folder: Path) -> dict:
+    """A run's metrics without what may differ between equal runs: time, host and command."""
+    metrics = json.loads((folder / "final_metrics.json").read_text())
+    drop = lambda d: {k: drop(v) if isinstance(v, dict) else v for k, v in d.items()
+                      if not k.startswith("seconds") and k != "environment"}
+    return drop(metrics)
+
+
+def interrupt_after_epoch(n: int, run) -> None:
+    """Call `run`, with a Ctrl-C once n epochs are on disk."""
+    calls = []
+
+    def interrupted(*a, real=common.save_epoch):
+        real(*a)
+        calls.append(1)
+        if len(calls) == n:
+            raise KeyboardInterrupt
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(common, "save_epoch", interrupted)
+        run()
+
+
+def script(name: str, *argv: str, cwd: Path = ROOT, **environment: str):
+    """A script as a process, as a user starts it."""
+    return subprocess.run([sys.executable, str(ROOT / name), *argv], cwd=cwd,
+                          capture_output=True, text=True, env={**os.environ, **environment})
+
+
+def refused(result, *words: str) -> None:
+    """A process ended with one line of error that has the words, and exit status 2."""
+    assert result.returncode == 2, result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1 and "Traceback" not in result.stderr
+    assert all(word in result.stderr for word in words), result.stderr

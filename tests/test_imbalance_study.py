@@ -3,16 +3,12 @@
     pytest tests/test_imbalance_study.py
 """
 
-import json
 import math
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import interrupt_after_epoch, numbers, refused, script
 from torch import nn
 from torch.distributions import Bernoulli, Normal, kl_divergence
 
@@ -176,14 +172,6 @@ def test_glyphs_are_deterministic_varied_digits():
 # --------------------------------------------------------------------------------------------- runs
 
 
-def numbers(folder):
-    """A run's metrics without what may differ between equal runs: time, host and command."""
-    metrics = json.loads((folder / "final_metrics.json").read_text())
-    drop = lambda d: {k: drop(v) if isinstance(v, dict) else v for k, v in d.items()
-                      if not k.startswith("seconds") and k != "environment"}
-    return drop(metrics)
-
-
 def test_a_run_end_to_end_writes_what_it_should(tmp_path):
     argv = [*SMOKE, "--out-dir", str(tmp_path)]
     metrics = study.main([*argv, "--model", "vae", "ga-ae"])
@@ -207,20 +195,10 @@ def test_a_run_end_to_end_writes_what_it_should(tmp_path):
     assert (root / "report.md").read_bytes() == before
 
 
-def test_an_interrupted_run_continues_bitwise(tmp_path, monkeypatch):
+def test_an_interrupted_run_continues_bitwise(tmp_path):
     argv = [*SMOKE, "--model", "ga-ae", "--sampler", "local", "--epochs", "4"]
     study.main([*argv, "--out-dir", str(tmp_path / "whole")])
-    real, calls = common.save_history, []
-
-    def interrupted(*a):
-        real(*a)
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-    monkeypatch.setattr(common, "save_history", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        study.main([*argv, "--out-dir", str(tmp_path / "parts")])
-    monkeypatch.undo()
+    interrupt_after_epoch(2, lambda: study.main([*argv, "--out-dir", str(tmp_path / "parts")]))
     study.main([*argv, "--out-dir", str(tmp_path / "parts")])
     a, b = (tmp_path / d / "imbalance_study/glyphs/ga-ae_digit9_2pct/seed_0"
             for d in ["whole", "parts"])
@@ -266,18 +244,6 @@ def test_shards_make_the_whole(tmp_path):
 # ---------------------------------------------------------------------------------------- bad input
 
 
-def script(*argv, cwd=ROOT, **environment):
-    """The script as a process, as a user starts it."""
-    return subprocess.run([sys.executable, str(ROOT / "imbalance_study.py"), *argv], cwd=cwd,
-                          capture_output=True, text=True, env={**os.environ, **environment})
-
-
-def refused(result, *words):
-    assert result.returncode == 2, result.stderr
-    assert len(result.stderr.strip().splitlines()) == 1 and "Traceback" not in result.stderr
-    assert all(word in result.stderr for word in words), result.stderr
-
-
 @pytest.mark.parametrize("argv", [
     ["--rare-digit", "10"], ["--rare-digit", "-1"], ["--rare-ratio", "0"], ["--rare-ratio", "nan"],
     ["--rare-ratio", "-0.1"], ["--epochs", "0"], ["--dataset", "cifar"], ["--lr", "inf"],
@@ -290,8 +256,8 @@ def test_a_bad_flag_is_one_line_and_status_2(argv, capsys):
 
 
 def test_a_ratio_without_enough_images_names_the_largest(tmp_path):
-    result = script(*SMOKE, "--train-size", "50000", "--rare-ratio", "0.5", "--out-dir",
-                    str(tmp_path / "out"))
+    result = script("imbalance_study.py", *SMOKE, "--train-size", "50000", "--rare-ratio",
+                    "0.5", "--out-dir", str(tmp_path / "out"))
     refused(result, "largest possible is 0.1132")
     assert not (tmp_path / "out").exists()
 
@@ -340,11 +306,12 @@ def test_another_configuration_and_a_corrupt_checkpoint_are_refused(tmp_path):
 
 
 def test_a_process_from_another_folder_and_an_unwritable_one(tmp_path):
-    result = script(*SMOKE, "--model", "ae", "--sampler", "prior", cwd=tmp_path)
+    result = script("imbalance_study.py", *SMOKE, "--model", "ae", "--sampler", "prior",
+                    cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "results/imbalance_study/glyphs/report.md").exists()
     (tmp_path / "file").write_text("in the way")
-    refused(script(*SMOKE, "--out-dir", str(tmp_path / "file")), "file")
+    refused(script("imbalance_study.py", *SMOKE, "--out-dir", str(tmp_path / "file")), "file")
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path, monkeypatch):

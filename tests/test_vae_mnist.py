@@ -1,0 +1,274 @@
+"""The VAE script: bounds and likelihoods against oracles, runs, resume, bad input.
+
+    pytest tests/test_vae_mnist.py
+"""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import interrupt_after_epoch, numbers, refused, script
+from sklearn.decomposition import PCA
+from torch import nn
+from torch.distributions import Bernoulli, MultivariateNormal, Normal, kl_divergence
+
+import common
+import vae_mnist as study
+
+SMOKE = ["--dataset", "glyphs", "--train-size", "1000", "--epochs", "1", "--likelihood-images", "9",
+         "--hidden", "32", "--device", "cpu"]
+CONFIG = {"arch": "mlp", "hidden": [32], "latent_dim": 4, "objective": "elbo", "k": 1}
+
+
+@pytest.fixture(autouse=True)
+def few_samples(monkeypatch):
+    monkeypatch.setattr(study, "IMPORTANCE_SAMPLES", 500)
+    monkeypatch.setattr(study, "PAIRS", 20)
+
+
+# --------------------------------------------------------------------------------- model, objective
+
+
+@pytest.mark.parametrize(("hidden", "d", "count"), [
+    ([500], 20, 815_824), ([200, 200], 50, 425_284)])
+def test_the_published_nets_have_their_parameters(hidden, d, count):
+    model = study.VAE({"arch": "mlp", "hidden": hidden, "latent_dim": d})
+    assert sum(w.numel() for w in model.parameters()) == count
+
+
+@pytest.mark.parametrize("arch", ["mlp", "conv"])
+def test_shapes_and_ranges(arch):
+    model = study.VAE({**CONFIG, "arch": arch})
+    mu, logvar = model.encode(torch.rand(3, 1, 28, 28))
+    x = model.decode(mu)
+    assert mu.shape == logvar.shape == (3, 4) and x.shape == (3, 1, 28, 28)
+    assert x.min() > 0 and x.max() < 1
+
+
+def test_kl_and_log_likelihood_against_torch_distributions():
+    mu, logvar = 3 * torch.randn(64, 5), 4 * torch.randn(64, 5)
+    want = kl_divergence(Normal(mu, (0.5 * logvar).exp()), Normal(0.0, 1.0))
+    assert torch.allclose(study.kl_per_dimension(mu, logvar), want, rtol=1e-4, atol=1e-5)
+    decoder, x, z = nn.Linear(5, 12), torch.rand(8, 12).round(), torch.randn(3, 8, 5)
+    want = Bernoulli(logits=decoder(z)).log_prob(x).sum(-1)
+    assert torch.allclose(study.log_likelihood(decoder, z, x), want, atol=1e-4)
+
+
+@pytest.mark.parametrize("objective", ["elbo", "iwae"])
+def test_losses_are_per_image_and_do_not_depend_on_the_batch(objective, monkeypatch):
+    config = {**CONFIG, "objective": objective, "k": 3}
+    model, x = study.VAE(config), torch.rand(16, 1, 28, 28).round()
+    noise = torch.randn(3, 16, 4)
+    parts = []
+    for half in (0, 1):  # the same noise for an image, whatever batch it is in
+        mine = noise.chunk(2, 1)[half]
+        monkeypatch.setattr(torch, "randn_like", lambda mu, mine=mine: mine[0])
+        monkeypatch.setattr(torch, "randn", lambda *a, mine=mine, **k: mine)
+        parts.append(study.objective(model, x.chunk(2)[half], config))
+    monkeypatch.setattr(torch, "randn_like", lambda mu: noise[0])
+    monkeypatch.setattr(torch, "randn", lambda *a, **k: noise)
+    whole = study.objective(model, x, config)
+    assert torch.allclose(whole, (parts[0] + parts[1]) / 2, rtol=1e-5)
+    assert whole[0] > 300  # summed over 784 pixels of about ln 2 each, not averaged
+    if objective == "elbo":
+        assert whole[0].item() == pytest.approx((whole[1] + whole[2]).item())
+
+
+@pytest.mark.parametrize(("name", "step"), [
+    ("adam", lambda w, g: w - 0.1 * g / (g.abs() + 1e-8)),
+    ("adagrad", lambda w, g: w - 0.1 * g / (g.square().sqrt() + 1e-10))])
+def test_one_step_of_an_optimizer_by_hand(name, step):
+    w, g = nn.Parameter(torch.randn(7)), torch.randn(7)
+    want = step(w.detach().clone(), g)
+    w.grad = g
+    study.make_optimizer(name, [w], 0.1).step()
+    assert torch.allclose(w, want, atol=1e-6)
+
+
+def test_test_images_are_binarised_once_with_their_mean_kept():
+    x = torch.rand(200, 1, 28, 28)
+    a, b = study.binarize(x, "test"), study.binarize(x, "test")
+    assert torch.equal(a, b) and set(a.unique().tolist()) == {0.0, 1.0}
+    assert not torch.equal(a, study.binarize(x, 1, "val"))
+    assert abs((a - x).mean().item()) < 4 * math.sqrt(1 / 6 / x.numel())
+
+
+# ------------------------------------------------------------------------------------- likelihoods
+
+
+@pytest.fixture(scope="module")
+def trained(data):
+    """A small two-dimensional VAE after a minute at most, and 100 binarised test images."""
+    config = {**CONFIG, "hidden": [128], "latent_dim": 2, "binarize": "dynamic"}
+    torch.manual_seed(0)
+    model = study.VAE(config)
+    optimizer = study.make_optimizer("adam", model.parameters(), 2e-3)
+    for _ in range(2):
+        for x in data.x_train[torch.randperm(20_000)].split(100):
+            loss = study.objective(model, torch.bernoulli(x), config)[0]
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return model.eval().requires_grad_(False), study.binarize(data.x_test[:100], "test")
+
+
+def test_elbo_iwae_and_exact_are_in_order(trained):
+    model, x = trained
+    q = model.encode(x)
+    log_px = lambda x: lambda z: study.log_likelihood(model.decoder, z, x)
+    parts = list(zip(x.flatten(1).split(10), *(v.split(10) for v in q), strict=True))
+    log_w = torch.cat([study.log_weights(log_px(x), *q, 5000) for x, *q in parts], 1).double()
+    bounds = [log_w.mean(0)] + [study.log_mean(log_w.view(-1, k, len(x)).transpose(0, 1)).mean(0)
+                                for k in (5, 50, 5000)]
+    exact, change = study.quadrature(model.decoder, x.flatten(1), 2, 6.0, 401)
+    assert change < 1e-3
+    for loose, tight in itertools.pairwise([*bounds, exact]):
+        difference = tight - loose
+        assert difference.mean() > -3 * difference.std() / math.sqrt(len(x))
+    assert (bounds[1] - bounds[0]).mean() > 0.05  # the bound hides something
+    found = [study.importance_sampling(log_px(x), *q, 5000) for x, *q in parts]
+    found = {name: torch.cat([part[name] for part in found]) for name in found[0]}
+    assert abs((found["log_px"] - exact).mean()) < 0.05
+    assert (found["elbo"] - bounds[0]).mean().abs() < 0.05
+    assert (found["ess"] <= 5000).all() and (found["ess"] >= 1).all()
+    torch.manual_seed(1)  # the closed-form KL and the sampled one agree
+    total = np.mean([study.losses_in_chunks(model, x, CONFIG)[0] for _ in range(200)])
+    assert total == pytest.approx(-bounds[0].mean().item(), abs=0.1)
+
+
+def test_the_exact_posterior_gives_weights_without_variance():
+    x = np.random.default_rng(0).normal(size=(400, 12)) @ np.diag(np.linspace(3, 0.3, 12))
+    pca = PCA(3).fit(x)
+    s2 = pca.noise_variance_
+    w = torch.from_numpy(pca.components_.T * np.sqrt(pca.explained_variance_ - s2))  # (12, 3)
+    m = w.square().sum(0) + s2  # W^T W + s2 I, diagonal: columns of W are orthogonal
+    x, mean = torch.from_numpy(x[:50]), torch.from_numpy(pca.mean_)
+    mu, logvar = (x - mean) @ w / m, (s2 / m).log().expand(50, 3)
+    log_px = lambda z: MultivariateNormal(mean, s2 * torch.eye(12).double()).log_prob(x - z @ w.T)
+    want = torch.from_numpy(pca.score_samples(x.numpy()))
+    log_w = study.log_weights(log_px, mu, logvar, 20)
+    assert torch.allclose(log_w, want.expand(20, 50), atol=1e-9)
+    found = study.importance_sampling(log_px, mu, logvar, 5000)
+    assert torch.allclose(found["log_px"], want, atol=0.1)
+    assert torch.allclose(found["elbo"], want, atol=1e-9)
+    assert found["ess"].mean() > 0.6 * 5000
+
+
+@pytest.mark.parametrize("d", [1, 2])
+def test_probabilities_of_all_images_of_12_pixels_sum_to_1(d):
+    decoder = nn.Sequential(nn.Linear(d, 8), nn.Tanh(), nn.Linear(8, 12)).requires_grad_(False)
+    decoder[2].weight *= 3
+    x = torch.tensor(list(itertools.product([0.0, 1.0], repeat=12)))
+    log_px, change = study.quadrature(decoder, x, d, 8.0, 201)
+    assert log_px.exp().sum().item() == pytest.approx(1, abs=1e-5) and change < 1e-3
+
+
+def test_spherical_interpolation():
+    a, b, t = torch.randn(50, 6), torch.randn(50, 6), torch.linspace(0, 1, 5)
+    path = study.slerp(a, b, t)
+    assert torch.allclose(path[:, 0], a, atol=1e-5) and torch.allclose(path[:, -1], b, atol=1e-5)
+    unit = study.slerp(nn.functional.normalize(a), nn.functional.normalize(b), t)
+    assert torch.allclose(unit.norm(dim=-1), torch.ones(50, 5), atol=1e-5)
+    assert torch.allclose(study.slerp(a[:, :1], b[:, :1], t), study.lerp(a[:, :1], b[:, :1], t))
+
+
+# --------------------------------------------------------------------------------------------- runs
+
+
+def test_runs_end_to_end_and_the_report_is_made_of_the_json(tmp_path):
+    argv = [*SMOKE, "--out-dir", str(tmp_path)]
+    metrics = study.main([*argv, "--latent-dim", "1", "2", "--binarize", "none"])
+    metrics |= study.main([*argv, "--latent-dim", "2", "--optimizer", "adam", "adagrad",
+                           "--seeds", "0", "1"])
+    metrics |= study.main([*argv, "--latent-dim", "2", "--lr", "1e-6"])
+    metrics |= study.main([*argv, "--latent-dim", "2", "--objective", "iwae", "--seeds", "0", "1"])
+    assert len(metrics) == 9
+    root = tmp_path / "vae_mnist/glyphs"
+    one = metrics["mlp32_z1_grey_adam_0.001/seed_0"]
+    assert one["pixel_entropy"] < one["test"]["loss"] < 784 * math.log(2)
+    assert one["likelihood"]["exact_of_these"] == pytest.approx(
+        one["likelihood"]["nll_of_these"], abs=1)
+    assert one["test_elbo"] - one["likelihood"]["nll"] == pytest.approx(
+        one["likelihood"]["gap"], abs=1e-6)
+    for name in ["decoded_line", "codes", "samples", "reconstructions", "losses", "interpolation",
+                 "interpolation_confidence", "kl_per_dimension"]:
+        assert (root / f"mlp32_z1_grey_adam_0.001/seed_0/{name}.png").stat().st_size > 2000
+    assert (root / "mlp32_z2_grey_adam_0.001/seed_0/decoded_plane.png").exists()
+    text = (root / "report.md").read_text()
+    for words in ["adagrad 0.001 against adam 0.001", "validation loss by rate: 1e-06", "at n=2",
+                  "iwae 5 against elbo 1 shows", "95 % interval", "Is the estimate right?"]:
+        assert words in text
+    before = (root / "report.md").read_bytes()
+    (root / "report.md").unlink()
+    study.main(["--report-only", "--out-dir", str(tmp_path)])
+    assert (root / "report.md").read_bytes() == before
+    folder = root / "mlp32_z2_grey_adam_0.001/seed_0"
+    (folder / "best_model.pt").unlink()  # a finished run is skipped without its weights
+    study.main([*argv, "--latent-dim", "2", "--binarize", "none"])
+    assert not (folder / "best_model.pt").exists()
+
+
+def test_an_interrupted_run_continues_bitwise(tmp_path):
+    argv = [*SMOKE, "--epochs", "4", "--arch", "conv", "--latent-dim", "2", "--out-dir"]
+    study.main([*argv, str(tmp_path / "whole")])
+    interrupt_after_epoch(2, lambda: study.main([*argv, str(tmp_path / "parts")]))
+    study.main([*argv, str(tmp_path / "parts")])
+    a, b = (tmp_path / d / "vae_mnist/glyphs/conv_z2_dynamic_adam_0.001/seed_0"
+            for d in ["whole", "parts"])
+    assert numbers(a) == numbers(b)
+    left, right = (common.load_torch(d / "checkpoint.pt")["model"] for d in (a, b))
+    assert all(torch.equal(left[k], right[k]) for k in left)
+
+
+def test_batches_are_shuffled_and_drawn_anew_in_every_epoch(tmp_path, monkeypatch):
+    seen, real = [], study.objective
+
+    def spy(model, x, config):
+        if torch.is_grad_enabled():
+            seen.append(x.clone())
+        return real(model, x, config)
+    monkeypatch.setattr(study, "objective", spy)
+    study.main([*SMOKE, "--epochs", "2", "--latent-dim", "2", "--out-dir", str(tmp_path)])
+    first, second = torch.cat(seen[:10]), torch.cat(seen[10:])
+    assert len(first) == 1000 and set(first.unique().tolist()) == {0.0, 1.0}
+    order = first.mean((1, 2, 3)).argsort()
+    assert not torch.equal(first, second) and not torch.equal(order.sort().values, order)
+    total = lambda x: x.flatten(1).sum(1).sort().values
+    assert not torch.equal(total(first), total(second))  # pixels are drawn anew
+
+
+# ---------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize("argv", [
+    ["--latent-dim", "0"], ["--hidden", "0"], ["--k", "1"], ["--binarize", "static"],
+    ["--optimizer", "sgd"], ["--lr", "nan"], ["--likelihood-images", "1"], ["--arch", "vit"]])
+def test_a_bad_flag_is_one_line_and_status_2(argv, capsys):
+    with pytest.raises(SystemExit) as stop:
+        study.main(argv)
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and len(message.strip().splitlines()) == 1 and argv[0] in message
+
+
+def test_a_process_from_another_folder_and_one_that_is_refused(tmp_path):
+    argv = [*SMOKE, "--latent-dim", "3"]  # more than two: t-SNE
+    result = script("vae_mnist.py", *argv, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "results/vae_mnist/glyphs/report.md").exists()
+    refused(script("vae_mnist.py", *argv, "--train-size", "59000", cwd=tmp_path), "55000")
+    refused(script("vae_mnist.py", *argv, "--epochs", "2", cwd=tmp_path), "epochs = 1, not 2")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
+    real, calls = study.objective, []
+
+    def broken(*a):
+        calls.append(1)
+        return real(*a) * (math.nan if len(calls) == 18 else 1)  # 10 steps, 5 parts of validation
+    monkeypatch.setattr(study, "objective", broken)
+    with pytest.raises(common.UserError, match="epoch 2, step 3"):
+        study.main([*SMOKE, "--epochs", "3", "--out-dir", str(tmp_path)])
+    folder = tmp_path / "vae_mnist/glyphs/mlp32_z20_dynamic_adam_0.001/seed_0"
+    assert len(common.load_torch(folder / "checkpoint.pt")["history"]) == 1
