@@ -12,6 +12,8 @@ out: the rare class's lift is its share among samples over its share in training
 Writes results/imbalance_study/<dataset>/<variant>/seed_<s>/ (weights, metrics, pictures) and, from
 every finished run, results/imbalance_study/<dataset>/report.md.
 
+Expect: (none yet).
+
 Differences from the source study:
  1. Equal epochs, 30 for every model (the source: VAE 50, AE 30); the rate decays to 0 by a cosine.
  2. Losses are summed over pixels, in nats per image. The source averaged over pixels but summed the
@@ -706,15 +708,15 @@ def lift_figure(path: Path, models: dict, head: dict) -> None:
     figure = Figure(figsize=(7, 3.5))
     axes = figure.subplots()
     for i, (m, s) in enumerate(head.items()):
-        for j, (key, name) in enumerate([("rare_lift", "arg-max"), ("calibrated_lift",
-                                                                    "calibrated"),
+        for j, (key, name) in enumerate([("rare_lift", "arg-max"),
+                                         ("calibrated_lift", "calibrated"),
                                          ("clear_lift", "clear (p ≥ 0.9)")]):
             v = values(models[m], s, key)
             at = i + 0.22 * (j - 1) + np.linspace(-0.05, 0.05, len(v)) * (len(v) > 1)
             bars = None
             if key == "calibrated_lift":
-                bars = np.abs(np.array([values(models[m], s, f"{key}_{e}") for e in ["low",
-                                                                                     "high"]]) - v)
+                ends = [values(models[m], s, f"{key}_{end}") for end in ["low", "high"]]
+                bars = np.abs(np.array(ends) - v)
             axes.errorbar(at, v, bars, fmt="o", color=f"C{j}", ms=4, capsize=3,
                           label=name if not i else None)
     axes.axhline(1, color="k", lw=0.8, ls=":")
