@@ -31,10 +31,12 @@ def few_samples(monkeypatch):
 # --------------------------------------------------------------------------------- model, objective
 
 
-@pytest.mark.parametrize(("hidden", "d", "count"), [
-    ([500], 20, 815_824), ([200, 200], 50, 425_284)])
-def test_the_published_nets_have_their_parameters(hidden, d, count):
-    model = study.VAE({"arch": "mlp", "hidden": hidden, "latent_dim": d})
+@pytest.mark.parametrize(("arch", "hidden", "d", "count"), [
+    ("mlp", [500], 20, 815_824), ("mlp", [500], 1, 787_286), ("mlp", [500], 2, 788_788),
+    ("mlp", [500], 64, 881_912), ("mlp", [500, 500], 20, 1_316_824),
+    ("mlp", [200, 200], 50, 425_284)])
+def test_the_published_nets_have_their_parameters(arch, hidden, d, count):
+    model = study.VAE({"arch": arch, "hidden": hidden, "latent_dim": d})
     assert sum(w.numel() for w in model.parameters()) == count
 
 
@@ -122,8 +124,8 @@ def test_elbo_iwae_and_exact_are_in_order(trained):
     log_w = torch.cat([study.log_weights(log_px(x), *q, 5000) for x, *q in parts], 1).double()
     bounds = [log_w.mean(0)] + [study.log_mean(log_w.view(-1, k, len(x)).transpose(0, 1)).mean(0)
                                 for k in (5, 50, 5000)]
-    exact, change = study.quadrature(model.decoder, x.flatten(1), 2, 6.0, 401)
-    assert change < 1e-3
+    exact, checks = study.quadrature(model.decoder, x.flatten(1), 2, 6.0, 401)
+    assert checks["refinement_change"] < 1e-3 and checks["outer_mass"] < 1e-3
     for loose, tight in itertools.pairwise([*bounds, exact]):
         difference = tight - loose
         assert difference.mean() > -3 * difference.std() / math.sqrt(len(x))
@@ -161,8 +163,11 @@ def test_probabilities_of_all_images_of_12_pixels_sum_to_1(d):
     decoder = nn.Sequential(nn.Linear(d, 8), nn.Tanh(), nn.Linear(8, 12)).requires_grad_(False)
     decoder[2].weight *= 3
     x = torch.tensor(list(itertools.product([0.0, 1.0], repeat=12)))
-    log_px, change = study.quadrature(decoder, x, d, 8.0, 201)
-    assert log_px.exp().sum().item() == pytest.approx(1, abs=1e-5) and change < 1e-3
+    log_px, checks = study.quadrature(decoder, x, d, 8.0, 201)
+    assert log_px.exp().sum().item() == pytest.approx(1, abs=1e-5)
+    assert checks["refinement_change"] < 1e-3 and checks["outer_mass"] < 1e-3
+    log_px, checks = study.quadrature(decoder, x, d, 1.5, 201)
+    assert log_px.exp().sum() < 0.9 and checks["outer_mass"] > 0.1  # a range too short is seen
 
 
 def test_spherical_interpolation():
@@ -172,6 +177,9 @@ def test_spherical_interpolation():
     unit = study.slerp(nn.functional.normalize(a), nn.functional.normalize(b), t)
     assert torch.allclose(unit.norm(dim=-1), torch.ones(50, 5), atol=1e-5)
     assert torch.allclose(study.slerp(a[:, :1], b[:, :1], t), study.lerp(a[:, :1], b[:, :1], t))
+    flat = study.slerp(a[:, :2], b[:, :2], t).norm(dim=-1)
+    longest = torch.maximum(a[:, :2].norm(dim=1), b[:, :2].norm(dim=1))
+    assert (flat <= longest[:, None] + 1e-4).all()  # nearly opposite codes do not fly away
 
 
 # --------------------------------------------------------------------------------------------- runs
@@ -188,18 +196,18 @@ def test_runs_end_to_end_and_the_report_is_made_of_the_json(tmp_path):
     assert len(metrics) == 10
     root = tmp_path / "vae_mnist/glyphs"
     one = metrics["mlp32_z1_grey_adam_0.001/seed_0"]
-    assert one["pixel_entropy"] < one["test"]["loss"] < 784 * math.log(2)
-    assert one["likelihood"]["exact_of_these"] == pytest.approx(
-        one["likelihood"]["nll_of_these"], abs=1)
-    assert one["test_elbo"] - one["likelihood"]["nll"] == pytest.approx(
-        one["likelihood"]["gap"], abs=1e-6)
+    assert one["pixel_entropy"] < one["test_loss"] < 784 * math.log(2)
+    assert one["test_loss"] == one["negative_elbo"]
+    likelihood = one["likelihood"]
+    assert likelihood["exact_subset"] == pytest.approx(likelihood["nll_subset"], abs=1)
+    assert one["negative_elbo"] - likelihood["nll"] == pytest.approx(likelihood["gap"])
     for name in ["decoded_line", "codes", "samples", "reconstructions", "losses", "interpolation",
                  "interpolation_confidence", "kl_per_dimension"]:
         assert (root / f"mlp32_z1_grey_adam_0.001/seed_0/{name}.png").stat().st_size > 2000
     assert (root / "mlp32_z2_grey_adam_0.001/seed_0/decoded_plane.png").exists()
     text = (root / "report.md").read_text()
-    for words in ["adam 0.001 against adagrad 0.001", "validation loss by rate: 1e-06", "at n=2",
-                  "iwae 5 against elbo 1 shows", "95 % interval", "Is the estimate right?"]:
+    for words in ["adam 0.001 against adagrad 0.001", "by validation loss: 1e-06", "at n=2",
+                  "iwae 5 against elbo 1:", "95 % interval", "Is the estimate right?"]:
         assert words in text
     before = (root / "report.md").read_bytes()
     (root / "report.md").unlink()
@@ -262,7 +270,7 @@ def test_a_process_from_another_folder_and_one_that_is_refused(tmp_path):
     refused(script("vae_mnist.py", *argv, "--epochs", "2", cwd=tmp_path), "epochs = 1, not 2")
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
+def test_a_loss_that_is_not_finite_stops_that_run_and_no_other(tmp_path, monkeypatch):
     real, calls = study.objective, []
 
     def broken(*a):
@@ -270,6 +278,45 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
         return real(*a) * (math.nan if len(calls) == 18 else 1)  # 10 steps, 5 parts of validation
     monkeypatch.setattr(study, "objective", broken)
     with pytest.raises(common.UserError, match="epoch 2, step 3"):
-        study.main([*SMOKE, "--epochs", "3", "--out-dir", str(tmp_path)])
-    folder = tmp_path / "vae_mnist/glyphs/mlp32_z20_dynamic_adam_0.001/seed_0"
-    assert len(common.load_torch(folder / "checkpoint.pt")["history"]) == 1
+        study.main([*SMOKE, "--latent-dim", "1", "2", "--epochs", "3", "--out-dir", str(tmp_path)])
+    root = tmp_path / "vae_mnist/glyphs"
+    broken_one, other = (root / f"mlp32_z{d}_dynamic_adam_0.001/seed_0" for d in (1, 2))
+    assert len(common.load_torch(broken_one / "checkpoint.pt")["history"]) == 1
+    assert (other / "final_metrics.json").exists() and (root / "report.md").exists()
+
+
+def run(seed=0, loss=100.0, **config):
+    """A finished run as the report sees it, with only what the comparisons need."""
+    settings = {"arch": "mlp", "hidden": [500], "latent_dim": 20, "binarize": "dynamic",
+                "objective": "elbo", "k": 1, "optimizer": "adam", "lr": 0.001, "batch_size": 100,
+                "epochs": 9, "train_size": 55_000, "seed": seed}
+    return {"config": settings | config, "metrics": {
+        "validation": {"loss": loss}, "negative_elbo": loss, "likelihood": {"nll": loss - 3}}}
+
+
+def test_comparisons_are_of_runs_that_differ_in_one_setting():
+    runs = [run(seed, loss + 0.01 * seed, **config) for seed in range(3) for loss, config in [
+        (100, {}), (99, {"lr": 0.003}), (96, {"hidden": [500, 500]}),
+        (104, {"optimizer": "adagrad", "lr": 0.02}), (90, {"epochs": 99})]]
+    groups = study.by_configuration(runs)
+    assert len(groups) == 5 and sum("(99 epochs" in title for title in groups) == 1
+    text = " ".join(study.comparisons(groups))
+    assert "mlp500-500 against mlp500: a significant difference at n=3 (-4.00" in text
+    assert "adagrad 0.02 against adam 0.003: a significant difference at n=3 (+5.00" in text
+    assert "The best is 0.003, at the edge" in text and "99 epochs" not in text
+
+
+def test_a_published_run_is_not_trained_again_for_more_likelihood_images(tmp_path):
+    argv = [*SMOKE, "--latent-dim", "2", "--out-dir", str(tmp_path)]
+    study.main(argv)
+    folder = tmp_path / "vae_mnist/glyphs/mlp32_z2_dynamic_adam_0.001/seed_0"
+    before = numbers(folder)
+    study.main([*argv, "--likelihood-images", "5"])  # what is there is better
+    assert numbers(folder) == before
+    study.main([*argv, "--likelihood-images", "11"])
+    after = numbers(folder)
+    assert after.pop("likelihood")["n"] == 11 and before.pop("likelihood")["n"] == 9
+    assert after == before
+    (folder / "checkpoint.pt").unlink()
+    with pytest.raises(common.UserError, match="no weights"):
+        study.main([*argv, "--likelihood-images", "12"])

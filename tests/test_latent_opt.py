@@ -1,0 +1,210 @@
+"""Latent optimisation: bounds and proposals against closed forms, runs, resume, bad input.
+
+    pytest tests/test_latent_opt.py
+"""
+
+import csv
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import interrupt_after_epoch, numbers, refused, script
+from torch import nn
+from torch.distributions import MultivariateNormal, Normal, kl_divergence
+
+import common
+import latent_opt as study
+
+SMOKE = ["--dataset", "glyphs", "--train-size", "300", "--epochs", "1", "--test-images", "20",
+         "--codes", "100", "--latent-dim", "12", "--device", "cpu"]
+
+
+class Linear(nn.Module):
+    """A linear decoder of 784 pixels with its exact posterior: probabilistic PCA, float64."""
+
+    def __init__(self, d: int, sigma: float):
+        super().__init__()
+        self.w = nn.Parameter(0.1 * torch.randn(784, d).double(), requires_grad=False)
+        self.offset, self.sigma = torch.rand(784).double(), sigma
+
+    def forward(self, z):
+        return (z @ self.w.T + self.offset).view(-1, 1, 28, 28)
+
+    def log_px(self, x):
+        cov = self.w @ self.w.T + self.sigma**2 * torch.eye(784).double()
+        return MultivariateNormal(self.offset, cov).log_prob(x.flatten(1))
+
+    def precision(self):
+        return torch.eye(self.w.shape[1]).double() + self.w.T @ self.w / self.sigma**2
+
+    def mode(self, x):
+        right = (x.flatten(1) - self.offset) @ self.w / self.sigma**2
+        return torch.linalg.solve(self.precision(), right.T).T
+
+
+# ---------------------------------------------------------------------------------- closed forms
+
+
+def test_sigma_is_a_standard_deviation_and_the_constant_is_there():
+    x = torch.rand(3, 1, 28, 28)
+    perfect = study.log_likelihood(lambda z: x, torch.zeros(3, 2), x, 0.4)
+    assert torch.allclose(perfect, torch.tensor(-2.076), atol=1e-3)  # -361.26 were it the variance
+    want = Normal(torch.zeros(784), 0.4).log_prob(x.flatten(1)).sum(1)
+    got = study.log_likelihood(lambda z: torch.zeros(3, 1, 28, 28), torch.zeros(3, 2), x, 0.4)
+    assert torch.allclose(got, want, rtol=1e-5)
+
+
+def test_kl_against_torch_distributions():
+    mu, logvar = 3 * torch.randn(16, 5), 4 * torch.randn(16, 5)
+    want = kl_divergence(Normal(mu, (0.5 * logvar).exp()), Normal(0.0, 1.0)).sum(1)
+    assert torch.allclose(study.kl_nats(mu, logvar), want, rtol=1e-4)
+
+
+def test_laplace_is_exact_for_a_linear_decoder_at_200_dimensions():
+    decoder = Linear(200, 0.4)
+    x = decoder(torch.randn(4, 200).double()) + 0.4 * torch.randn(4, 1, 28, 28).double()
+    mode, factor = study.laplace(decoder, x, torch.zeros(4, 200).double(), 0.4)
+    assert torch.allclose(mode, decoder.mode(x), atol=1e-6)
+    assert torch.allclose(factor @ factor.mT, decoder.precision().expand(4, -1, -1), atol=1e-8)
+    want = decoder.log_px(x)
+    got, ess = study.importance_sampling(decoder, x, mode, factor, 0.4, 20, widen=1, prior=0)
+    assert torch.allclose(got, want, atol=1e-6)
+    assert torch.allclose(ess, torch.tensor(20.0).double(), rtol=1e-6)
+    got, ess = study.importance_sampling(decoder, x, mode, factor, 0.4, 5000)
+    assert torch.allclose(got, want, atol=0.15) and ess.min() > 1000
+
+
+def test_the_optimised_gaussian_is_the_best_one_and_bounds_log_p():
+    decoder = Linear(3, 0.4).eval()
+    x = decoder(torch.randn(6, 3).double())
+    zero = torch.zeros(6, 3).double()
+    mu, logvar = study.infer(decoder, x, zero, zero, 0.4)
+    assert torch.allclose(mu, decoder.mode(x), atol=0.05)
+    best = -decoder.precision().diagonal().log()  # the reverse KL's diagonal Gaussian
+    assert torch.allclose(logvar, best.expand(6, 3), atol=0.1)
+    bound, start = (study.elbo(decoder, x, *q, 0.4) for q in [(mu, logvar), (zero, zero)])
+    assert (bound > start).all() and (bound < decoder.log_px(x) + 0.3).all()
+
+
+def test_the_pca_start_is_the_posterior_of_probabilistic_pca():
+    w = 3 * torch.linalg.qr(torch.randn(784, 2))[0]
+    x = (torch.randn(4000, 2) @ w.T + 0.4 * torch.randn(4000, 784)).view(-1, 1, 28, 28)
+    mu, logvar = study.pca_posterior(x, 4, 0.4)(x)
+    want = math.log(0.16 / (9 + 0.16))
+    assert logvar[0, :2].tolist() == pytest.approx([want, want], abs=0.15)
+    assert mu[:, :2].var(0).tolist() == pytest.approx([1, 1], abs=0.15)  # less the posterior's
+    assert study.pca_posterior(x[:, :, :2, :2], 7, 0.4)(x[:, :, :2, :2])[0].shape == (4000, 7)
+
+
+# ---------------------------------------------------------------------------------- latents, rows
+
+
+def test_row_adam_is_adam_and_touches_only_its_rows():
+    table, gradients = torch.randn(5, 3), torch.randn(4, 2, 3)
+    mine = study.RowAdam(table.clone(), 0.01)
+    theirs = nn.Parameter(table[[1, 3]].clone())
+    adam = torch.optim.Adam([theirs], lr=0.01)
+    for gradient in gradients:
+        mine.step(torch.tensor([1, 3]), gradient)
+        theirs.grad = gradient
+        adam.step()
+    assert torch.allclose(mine.table[[1, 3]], theirs, atol=1e-6)
+    others = [0, 2, 4]
+    assert torch.equal(mine.table[others], table[others])
+    assert not mine.mean[others].any() and not mine.count[others].any()
+
+
+def test_inference_leaves_the_decoder_and_depends_on_no_batch_mate():
+    decoder = study.Decoder(8).eval().requires_grad_(False)
+    before = {k: v.clone() for k, v in decoder.state_dict().items()}
+    x, zero = torch.rand(6, 1, 28, 28), torch.zeros(6, 8)
+    together = study.infer(decoder, x, zero, zero, 0.4, steps=40)
+    alone = study.infer(decoder, x[2:3], zero[:1], zero[:1], 0.4, steps=40)
+    for a, b in zip(together, alone, strict=True):
+        assert torch.allclose(a[2:3], b, atol=1e-3)
+    assert all(torch.equal(v, before[k]) for k, v in decoder.state_dict().items())
+    with pytest.raises(AssertionError, match="eval mode"):
+        study.infer(decoder.train(), x, zero, zero, 0.4, steps=1)
+
+
+def test_both_models_start_from_the_same_decoder(tmp_path, monkeypatch):
+    args = study.parse_args([*SMOKE, "--lr", "1e-30", "--latent-lr", "1e-30"])
+    config = study.grid(args, "glyphs")[0]
+    x = torch.rand(64, 1, 28, 28)
+    vae, latent = (study.train(kind, config, x, x, tmp_path, args)[0].state_dict()
+                   for kind in study.MODELS)
+    assert all(torch.equal(vae[k], latent[k]) for k in vae)
+
+
+def test_the_training_images_are_stratified(data):
+    config = {"train_size": 20_000, "seed": 1}
+    part = study.split(data, config)
+    assert data.y_train[part["train"]].bincount().tolist() == [2000] * 10
+    assert len(set(part["train"].tolist()) | set(part["val"].tolist())) == 25_000
+    assert not torch.equal(part["train"], study.split(data, {**config, "seed": 2})["train"])
+
+
+# --------------------------------------------------------------------------------------------- runs
+
+
+def test_a_run_end_to_end_writes_what_it_should(tmp_path):
+    argv = [*SMOKE, "--epochs", "2", "--seeds", "0", "1", "--out-dir", str(tmp_path)]
+    metrics = study.main(argv)
+    root = tmp_path / "latent_opt/glyphs"
+    folder = root / "d12_sigma0.4/seed_0"
+    for epoch in (1, 2):
+        for name in ["recon", "latent_opt_recon", "samples", "comparison"]:
+            assert (folder / f"{name}_epoch_{epoch}.png").stat().st_size > 2000
+        assert (folder / f"vae_epoch_{epoch}.pt").exists()
+        assert (folder / f"latent_opt_epoch_{epoch}.pt").exists()
+    assert (folder / "training_curves.png").exists()
+    values = np.load(folder / "log_probabilities.npy")
+    assert values.shape == (2, 10, 2) and values.dtype == np.float64
+    assert np.isfinite(values).all() and (values <= -2.076).all()
+    with open(folder / "log_probabilities.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 20
+    assert sorted(float(r["vae_log_px"]) for r in rows) == pytest.approx(
+        sorted(values[0].flatten()), abs=1e-4)
+    for model in metrics["d12_sigma0.4/seed_0"]["models"].values():
+        for gaps in model["gaps"].values():
+            assert gaps["elbo"]["mean"] >= gaps["elbo_first"]["mean"] - 0.5
+            assert gaps["log_px"]["mean"] >= gaps["elbo"]["mean"] - 1
+    text = (root / "report.md").read_text()
+    assert "no significant difference at n=2" in text or "significant difference at n=2" in text
+    before = (root / "report.md").read_bytes()
+    (root / "report.md").unlink()
+    study.main(["--report-only", "--out-dir", str(tmp_path)])
+    assert (root / "report.md").read_bytes() == before
+
+
+def test_an_interrupted_run_continues_bitwise(tmp_path):
+    argv = [*SMOKE, "--epochs", "4", "--out-dir"]
+    study.main([*argv, str(tmp_path / "whole")])
+    interrupt_after_epoch(2, lambda: study.main([*argv, str(tmp_path / "parts")]))
+    interrupt_after_epoch(4, lambda: study.main([*argv, str(tmp_path / "parts")]))  # latents, 2
+    study.main([*argv, str(tmp_path / "parts")])
+    a, b = (tmp_path / d / "latent_opt/glyphs/d12_sigma0.4/seed_0" for d in ["whole", "parts"])
+    assert numbers(a) == numbers(b)
+    left, right = (common.load_torch(d / "latent_opt/checkpoint.pt")["inference"] for d in (a, b))
+    assert all(torch.equal(left[k], right[k]) for k in ["table", "mean", "square", "count"])
+
+
+# ---------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize("argv", [
+    ["--latent-dim", "0"], ["--sigma", "0"], ["--latent-lr", "nan"], ["--latent-steps", "0"],
+    ["--test-images", "5"], ["--codes", "1"]])
+def test_a_bad_flag_is_one_line_and_status_2(argv, capsys):
+    with pytest.raises(SystemExit) as stop:
+        study.main(argv)
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and len(message.strip().splitlines()) == 1 and argv[0] in message
+
+
+def test_a_process_that_is_refused(tmp_path):
+    result = script("latent_opt.py", *SMOKE, "--train-size", "60000", cwd=tmp_path)
+    refused(result, "leaves 0 images")
+    assert not (tmp_path / "results").exists()
