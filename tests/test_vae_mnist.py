@@ -302,7 +302,7 @@ def test_comparisons_are_of_runs_that_differ_in_one_setting():
     assert len(groups) == 5 and sum("(99 epochs" in title for title in groups) == 1
     text = " ".join(study.comparisons(groups))
     assert "mlp500-500 against mlp500: a significant difference at n=3 (-4.00" in text
-    assert "adagrad 0.02 against adam 0.003: a significant difference at n=3 (+5.00" in text
+    assert "adam 0.003 against adagrad 0.02: a significant difference at n=3 (-5.00" in text
     assert "The best is 0.003, at the edge" in text and "99 epochs" not in text
 
 
