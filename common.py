@@ -79,7 +79,7 @@ class Parser(argparse.ArgumentParser):
              help="discard what the run folders hold and start over")
         flag("--report-only", action="store_true",
              help="train nothing: rebuild the report from the finished runs")
-        flag("--shard", type=shard, default=(0, 1), metavar="K/N",
+        flag("--shard", type=shard, default="0/1", metavar="K/N",
              help="only every N-th run, from the K-th")
         flag("--compile", action="store_true",
              help="compile the training step (needs a C++ compiler)")
@@ -95,7 +95,7 @@ def number(kind: type, low: float, high: float = math.inf, above: bool = False):
     def parse(text: str):
         with contextlib.suppress(ValueError):
             value = kind(text)
-            if math.isfinite(value) and low <= value <= high and not (above and value == low):
+            if abs(value) < math.inf and low <= value <= high and not (above and value == low):
                 return value
         span = f"{'>' if above else '>='} {low}" + (f" and <= {high}" if high < math.inf else "")
         raise argparse.ArgumentTypeError(f"{text!r} is not "
@@ -117,15 +117,15 @@ def guard(main) -> None:
     130.
     """
     try:
-        main()
+        return main() and None
     except UserError as error:
-        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
+        message, status = f"error: {error}", 2
     except OSError as error:  # a disk that is full, a folder that cannot be written
-        sys.exit(print(f"error: {error.strerror}: {error.filename}; mend it or take another "
-                       "--out-dir", file=sys.stderr) or 2)
+        message, status = f"error: {error}; mend it or take another --out-dir", 2
     except KeyboardInterrupt:
-        sys.exit(print("interrupted; the same command continues from the last epoch",
-                       file=sys.stderr) or 130)
+        message, status = "interrupted; without --fresh the same command continues", 130
+    print(message, file=sys.stderr)
+    sys.exit(status)
 
 
 # --------------------------------------------------------------------------------- device and seeds
@@ -526,8 +526,10 @@ def load_json(path: Path) -> dict:
 
 def save_torch(path: Path, value: dict) -> None:
     """Plain types and tensors only, so that load_torch need not execute anything."""
+    buffer = io.BytesIO()  # torch turns a full disk into a RuntimeError, a plain write does not
+    torch.save(value, buffer)
     with atomic(path) as temporary:
-        torch.save(value, temporary)
+        temporary.write_bytes(buffer.getbuffer())
 
 
 def load_torch(path: Path) -> dict:
@@ -536,23 +538,32 @@ def load_torch(path: Path) -> dict:
     except FileNotFoundError:
         raise
     except Exception:  # a bad zip, a refused pickle, a short read: torch raises many types
-        raise UserError(f"{path} is corrupt or foreign; --fresh starts that run over") from None
+        raise UserError(f"{path} is corrupt or foreign; --fresh starts a run over, and a "
+                        "classifier is trained again once its file is deleted") from None
 
 
-def open_run(folder: Path, config: dict, fresh: bool) -> None:
-    """Make a run's folder with its config.json, or check that what is there has the same
-    configuration.
+def open_runs(folders: Sequence[Path], configs: Sequence[dict], args) -> None:
+    """Make the runs' folders with their config.json; with --fresh, empty.
+
+    Nothing is written or removed unless every folder there holds a run with its configuration and
+    what the flags ask for is installed. Raises UserError. An empty --shard is said.
     """
-    if fresh and folder.exists():
-        shutil.rmtree(folder)
-    file = folder / "config.json"
-    if not file.exists():
-        return save_json(file, config)
-    there = load_json(file)
-    for key in [*config, *there]:
-        if config.get(key) != there.get(key):
-            raise UserError(f"{folder} holds a run with {key} = {there.get(key)}, not "
-                            f"{config.get(key)}; --fresh replaces it, another --out-dir keeps it")
+    if not folders:
+        print(f"no run in shard {args.shard[0]}/{args.shard[1]}")
+    if args.tensorboard:
+        summary_writer(None)
+    for folder, config in zip(folders, configs, strict=True):
+        there = load_json(folder / "config.json") if (folder / "config.json").exists() else config
+        for key in [*config, *there] if not args.fresh else []:
+            if config.get(key) != there.get(key):
+                raise UserError(f"{folder} holds a run with {key} = {there.get(key)}, not "
+                                f"{config.get(key)}; --fresh replaces it, another --out-dir keeps "
+                                "it")
+    for folder, config in zip(folders, configs, strict=True):
+        if args.fresh and folder.exists():
+            shutil.rmtree(folder)
+        if not (folder / "config.json").exists():
+            save_json(folder / "config.json", config)
 
 
 def restore(folder: Path, config: dict, parts: dict) -> list[dict]:
@@ -565,7 +576,8 @@ def restore(folder: Path, config: dict, parts: dict) -> list[dict]:
         return []
     saved = load_torch(file)
     try:
-        assert saved["config"] == config
+        if saved["config"] != config:
+            raise ValueError
         for name, part in parts.items():
             part.load_state_dict(saved[name])
         return saved["history"]
@@ -620,23 +632,25 @@ def environment(device: torch.device) -> dict:
     elif Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next((line.split(":")[1].strip() for line in lines if "model name" in line), name)
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True,
-                         text=True)
+    commit = "unknown"
+    with contextlib.suppress(OSError):  # no git on this machine
+        commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=HERE, text=True,
+                                capture_output=True).stdout.strip() or commit
     return {"command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-            "commit": git.stdout.strip() or "unknown",
+            "commit": commit,
             "device": f"{device.type}: {name}", "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "numpy": np.__version__, "python": platform.python_version(),
             "date": time.strftime("%Y-%m-%d")}
 
 
-def summary_writer(folder: Path):
-    """A TensorBoard writer. Raises UserError if the package is missing."""
+def summary_writer(folder: Path | None):
+    """A TensorBoard writer, or for None only the check. Raises UserError if there is no package."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise UserError("--tensorboard needs a package: pip install tensorboard") from None
-    return SummaryWriter(str(folder))
+    return SummaryWriter(str(folder)) if folder else None
 
 
 # ------------------------------------------------------------------------ figures and report tables

@@ -825,8 +825,7 @@ def main(argv=None) -> dict:
     runs = grid(args, data.name)[k::n]
     root, parts = base / data.name, [split(data, config) for config in runs]
     folders = [root / variant(c) / f"seed_{c['seed']}" for c in runs]
-    for config, folder in zip(runs, folders, strict=True):
-        common.open_run(folder, config, args.fresh)
+    common.open_runs(folders, runs, args)
     classifier, metrics = common.load_classifier(data, device), {}
     real = [classifier.look(x)[0] for x in (data.x_test, data.x_train[:10_000])]
     for config, part, folder in zip(runs, parts, folders, strict=True):
@@ -839,8 +838,9 @@ def main(argv=None) -> dict:
         trained = {kind: train(kind, config, x, x_val, folder, args) for kind in MODELS}
         metrics[name] = evaluate(config, args, data, part, trained, real, classifier, folder,
                                  device)
-    report(root)
-    print(f"report: {root / 'report.md'}")
+    if runs:
+        report(root)
+        print(f"report: {root / 'report.md'}")
     return metrics
 
 

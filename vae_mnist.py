@@ -832,8 +832,7 @@ def main(argv=None) -> dict:
     runs = grid(args, data.name)[k::n]
     root = base / data.name
     folders = [root / variant(c) / f"seed_{c['seed']}" for c in runs]
-    for config, folder in zip(runs, folders, strict=True):
-        common.open_run(folder, config, args.fresh)
+    common.open_runs(folders, runs, args)
     classifier, metrics = common.load_classifier(data, device), {}
     real = [classifier.look(x)[0] for x in (data.x_test, data.x_train[:10_000])]
     failed = []

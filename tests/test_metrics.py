@@ -156,7 +156,7 @@ def planted(data, judge, share):
 
 @pytest.mark.parametrize(("share", "lift"), [(0.02, 1), (1, 50), (0, 0), (0.1, 5)])
 def test_the_lift_of_planted_sets_of_real_images(data, judge, share, lift):
-    found = judge.score(planted(data, judge, share))
+    found = judge.score(planted(data, judge, share))[0]
     assert found["calibrated_lift_low"] <= lift <= found["calibrated_lift_high"]
     assert found["calibrated_lift"] == pytest.approx(lift, abs=0.15 + 0.02 * lift)
     assert found["rare_lift"] == pytest.approx(lift, abs=0.2 + 0.02 * lift)
@@ -164,7 +164,7 @@ def test_the_lift_of_planted_sets_of_real_images(data, judge, share, lift):
 
 
 def test_recall_and_lift_obey_the_sources_definitions(data, judge):
-    found = judge.score(planted(data, judge, 0.1)[torch.randperm(4900)[:2000]])
+    found = judge.score(planted(data, judge, 0.1)[torch.randperm(4900)[:2000]])[0]
     recall = found["rare_lift_at_2000"] * judge.p * 2000 / judge.n_test_rare
     assert found["rare_recall_at_2000"] == pytest.approx(recall)
     assert found["rare_lift"] == pytest.approx(found["rare_lift_at_2000"])
@@ -172,12 +172,12 @@ def test_recall_and_lift_obey_the_sources_definitions(data, judge):
 
 def test_planted_failures_move_the_metric_that_should_notice(data, judge):
     real = planted(data, judge, 0.1)
-    base = judge.score(real)
-    noise = judge.score((real + 0.5 * torch.randn_like(real)).clamp(0, 1))
-    blur = judge.score(F.avg_pool2d(real, 5, 1, 2))
-    repeated = judge.score(real[:1].repeat(len(real), 1, 1, 1))  # a nine: they come first
-    copies = judge.score(judge.x[:len(real)])
-    dropped = judge.score(planted(data, judge, 0))
+    base = judge.score(real)[0]
+    noise = judge.score((real + 0.5 * torch.randn_like(real)).clamp(0, 1))[0]
+    blur = judge.score(F.avg_pool2d(real, 5, 1, 2))[0]
+    repeated = judge.score(real[:1].repeat(len(real), 1, 1, 1))[0]  # a nine: they come first
+    copies = judge.score(judge.x[:len(real)])[0]
+    dropped = judge.score(planted(data, judge, 0))[0]
     assert dropped["total_variation"] > 0.015 and dropped["rare_n"] < 30
     assert repeated["fid"] > 20 * base["fid"] and repeated["rare"]["coverage"] < 0.1
     assert noise["fid"] > 3 * base["fid"] and blur["fid"] > 3 * base["fid"]
