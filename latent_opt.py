@@ -17,15 +17,15 @@ Differences from the source project:
  1. The optimised latents are a Gaussian each, not a point: a point has no bound and no likelihood.
  2. Each starts from its image's posterior under probabilistic PCA, and its Adam counts the steps of
     its own row.
- 3. log p(x) by importance sampling with a Laplace proposal; the source does not say how.
+ 3. Each batch's latents take two steps for one of the decoder's (--latent-steps).
+ 4. log p(x) by importance sampling with a Laplace proposal; the source does not say how.
+ 5. Samples are decoder means: pixel noise of 0.4 would drown them.
 
 References: Kingma and Welling 2014, arXiv:1312.6114; Bojanowski et al. 2018, arXiv:1707.05776
 (latent optimisation); Cremer et al. 2018, arXiv:1801.03558 (the two gaps); Tipping and Bishop 1999
 (probabilistic PCA).
 """
 
-import csv
-import io
 import math
 import time
 from pathlib import Path
@@ -40,6 +40,7 @@ from tqdm import tqdm
 import common
 
 SHOWN_EPOCHS = [1, 5, 10, 20, 30]  # and the last
+INFERENCE_STEPS, MODE_STEPS = 300, 200
 MODELS = {"vae": "amortised VAE", "latent_opt": "latent optimisation"}
 
 # ------------------------------------------------------------------------------------------- Config
@@ -86,16 +87,19 @@ def stratified(y: Tensor, n: int, *key: int | str) -> Tensor:
     for digit in range(10):
         of = (y == digit).nonzero()[:, 0]
         m = n // 10 + (digit < n % 10)
-        if m > len(of):
-            raise common.UserError(f"{n} stratified images need {m} of class {digit}, there are "
-                                   f"{len(of)}; take a smaller --train-size or --test-images")
+        if not 0 < m <= len(of):
+            raise common.UserError(f"{n} stratified images need {m} of class {digit}, between 1 "
+                                   f"and {len(of)} are there; take another --train-size or "
+                                   "--test-images")
         chosen.append(of[torch.randperm(len(of), generator=g)[:m]])
     chosen = torch.cat(chosen)
     return chosen[torch.randperm(len(chosen), generator=g)]
 
 
-def split(data: common.Data, config: dict) -> dict[str, Tensor]:
-    """Indices of the training images, stratified, and of 5,000 others for validation."""
+def split(data: common.Data, config: dict, n_test: int) -> dict[str, Tensor]:
+    """Indices of the training images, stratified, of 5,000 others for validation, and of the test
+    images whose gaps are measured: stratified, sorted by digit, the same for every seed.
+    """
     train = stratified(data.y_train, config["train_size"], config["seed"], "split")
     free = torch.ones(len(data.y_train), dtype=torch.bool)
     free[train] = False
@@ -105,7 +109,9 @@ def split(data: common.Data, config: dict) -> dict[str, Tensor]:
                                f"for validation, which needs 5000; take at most "
                                f"{len(data.y_train) - 5000}")
     order = torch.randperm(len(free), generator=common.generator(config["seed"], "validation"))
-    return {"train": train, "val": free[order[:5000]]}
+    test = stratified(data.y_test, n_test, "test")
+    return {"train": train, "val": free[order[:5000]],
+            "test": test[data.y_test[test].argsort(stable=True)]}
 
 
 # -------------------------------------------------------------------------------------------- Model
@@ -163,11 +169,10 @@ class Classifier(nn.Module):
 # ---------------------------------------------------------------------------------------- Objective
 
 
-def log_likelihood(decoder, z: Tensor, x: Tensor, sigma: float) -> Tensor:
-    """log N(x; decoder(z), sigma^2 I) in nats, (B,), of images x at codes z (B, d)."""
-    p = x[0].numel()
-    square = (decoder(z) - x).flatten(1).square().sum(1)
-    return -0.5 * square / sigma**2 - 0.5 * p * math.log(2 * math.pi * sigma**2)
+def log_likelihood(x_hat: Tensor, x: Tensor, sigma: float) -> Tensor:
+    """log N(x; x_hat, sigma^2 I) in nats, (B,), of images x (B, 1, 28, 28) or one for all x_hat."""
+    square = (x_hat - x).flatten(1).square().sum(1)
+    return -0.5 * square / sigma**2 - 0.5 * x[0].numel() * math.log(2 * math.pi * sigma**2)
 
 
 def kl_nats(mu: Tensor, logvar: Tensor) -> Tensor:
@@ -179,7 +184,7 @@ def negative_elbo(decoder, x: Tensor, mu: Tensor, logvar: Tensor, noise: Tensor,
                   sigma: float) -> Tensor:
     """(-ELBO, -log p(x | z), KL) of each image with noise ~ N(0, I) like mu: (3, B), nats."""
     z = mu + noise * (0.5 * logvar).exp()
-    reconstruction, kl = -log_likelihood(decoder, z, x, sigma), kl_nats(mu, logvar)
+    reconstruction, kl = -log_likelihood(decoder(z), x, sigma), kl_nats(mu, logvar)
     return torch.stack([reconstruction + kl, reconstruction, kl])
 
 
@@ -274,7 +279,7 @@ def train(kind: str, config: dict, x: Tensor, x_val: Tensor, folder: Path, args)
             losses = negative_elbo(decoder, batch, mu, logvar, torch.randn_like(mu),
                                    config["sigma"]).mean(1)
             gradients = torch.autograd.grad(losses[0], [q, *parameters] if last else [q])
-            inference.step(i, gradients[0])
+            inference.step(i, gradients[0] * len(i))  # of each image's own loss
         for w, gradient in zip(parameters, gradients[1:], strict=True):
             w.grad = gradient
         optimizer.step()
@@ -305,12 +310,12 @@ def train(kind: str, config: dict, x: Tensor, x_val: Tensor, folder: Path, args)
                 row["val_loss"] = negative_elbo(decoder, x_val, mu, logvar, torch.randn_like(mu),
                                                 config["sigma"])[0].mean().item()
         history.append(row)
-        common.save_epoch(folder / kind, config, history, parts, False, board)
-        if epoch in shown_epochs(config):
+        if epoch in shown_epochs(config):  # before the checkpoint: an epoch done has its file
             found = inference.state_dict()  # without Adam's moments of 20,000 rows
             common.save_torch(folder / f"{kind}_epoch_{epoch}.pt", {
                 "config": config, "epoch": epoch, "decoder": decoder.state_dict(),
                 "inference": found if kind == "vae" else {"table": found["table"]}})
+        common.save_epoch(folder / kind, config, history, parts, False, board)
         bar.set_postfix(loss=f"{row['loss']:.2f}", refresh=False)
         bar.update()
     bar.close()
@@ -347,9 +352,9 @@ def train_classifier(config: dict, x: Tensor, y: Tensor, epochs: int = 12) -> Cl
 # ----------------------------------------------------------------------------------------- Evaluate
 
 
-def infer(decoder, x: Tensor, mu: Tensor, logvar: Tensor, sigma: float, steps: int = 300,
+def infer(decoder, x: Tensor, mu: Tensor, logvar: Tensor, sigma: float, steps: int | None = None,
           samples: int = 4, lr: float = 0.1) -> tuple[Tensor, Tensor]:
-    """The Gaussian q that maximises each image's ELBO under a fixed decoder, from (mu, logvar).
+    """The diagonal Gaussian of each image with the best ELBO under a fixed decoder, from a start.
 
     Adam with a cosine and a short memory (0.95: gradients shrink by orders of magnitude on the
     way, and 0.999 would leave variances too wide after 300 steps). All images share each step's
@@ -357,7 +362,7 @@ def infer(decoder, x: Tensor, mu: Tensor, logvar: Tensor, sigma: float, steps: i
     left as it is. Means and log-variances, (B, d) each.
     """
     assert not getattr(decoder, "training", False), "inference needs the decoder in eval mode"
-    g, (n, d) = common.generator("inference"), mu.shape
+    g, (n, d), steps = common.generator("inference"), mu.shape, steps or INFERENCE_STEPS
     q = RowAdam(torch.cat([mu, logvar], 1).detach().clone(), lr, 0.95)
     rows = torch.arange(n, device=x.device)
     for t in range(steps):
@@ -376,72 +381,72 @@ def infer(decoder, x: Tensor, mu: Tensor, logvar: Tensor, sigma: float, steps: i
 @torch.no_grad()
 def elbo(decoder, x: Tensor, mu: Tensor, logvar: Tensor, sigma: float,
          samples: int = 200) -> Tensor:
-    """The ELBO of each image, (B,) float64 on the CPU; every image sees the same noise."""
+    """The ELBO of each image, (B,) float64 on the CPU; the same noise for any q of an image."""
     g, total = common.generator("elbo"), torch.zeros(len(x), dtype=torch.float64)
     for _ in range(samples):
-        noise = torch.randn(1, mu.shape[1], generator=g).to(x.device).expand_as(mu)
+        noise = torch.randn(mu.shape, generator=g).to(x.device)
         total -= negative_elbo(decoder, x, mu, logvar, noise, sigma)[0].cpu().double()
     return total / samples
 
 
-def laplace(decoder, x: Tensor, z: Tensor, sigma: float, steps: int = 200) -> tuple:
-    """Mode of p(z | x) near z and the Cholesky factor of its precision: (B, d), (B, d, d).
+def laplace(decoder, x: Tensor, z: Tensor, sigma: float, widen: float = 1.2) -> tuple:
+    """Mode of p(z | x) near z, and the Cholesky factor of a proposal's precision there: (B, d),
+    (B, d, d).
 
-    The precision is I + J^T J / sigma^2 with the decoder's Jacobian (generalised Gauss-Newton):
-    always positive definite, and exact for a linear decoder.
+    The precision is I + J^T J / (widen sigma^2) with the decoder's Jacobian (generalised
+    Gauss-Newton): always positive definite, exact for a linear decoder and widen = 1. It is wider
+    only where the image informs the code; in the many dimensions where the posterior is the prior,
+    more variance would only waste samples.
     """
     q, d = RowAdam(z.detach().clone(), 0.03, 0.95), z.shape[1]
+    log_joint = lambda z, x: log_likelihood(decoder(z), x, sigma) - 0.5 * z.square().sum(1)
     rows = torch.arange(len(x), device=x.device)
-    for t in range(steps):
-        q.lr = 0.03 * 0.5 * (1 + math.cos(math.pi * t / steps))
+    for t in range(MODE_STEPS):
+        q.lr = 0.03 * 0.5 * (1 + math.cos(math.pi * t / MODE_STEPS))
         table = q.table.clone().requires_grad_()
-        loss = (0.5 * table.square().sum(1) - log_likelihood(decoder, table, x, sigma)).sum()
-        q.step(rows, torch.autograd.grad(loss, table)[0])
+        q.step(rows, torch.autograd.grad(-log_joint(table, x).sum(), table)[0])
     one = lambda code: decoder(code[None]).flatten()
-    factors = []
-    for i in range(2):  # a Gauss-Newton step, kept where it helps, then the precision there
-        for c, image in zip(q.table.split(20), x.split(20), strict=True):
-            j = torch.func.vmap(torch.func.jacfwd(one))(c)  # (<= 20, 784, d)
-            precision = torch.eye(d, device=x.device, dtype=z.dtype) + j.mT @ j / sigma**2
-            factor = torch.linalg.cholesky(precision)
-            if i == 0:
-                residual = (image - decoder(c)).flatten(1)[..., None]
-                gradient = (j.mT @ residual)[..., 0] / sigma**2 - c
-                new = c + torch.cholesky_solve(gradient[..., None], factor)[..., 0]
-                value = lambda z, image=image: (log_likelihood(decoder, z, image, sigma)
-                                                - 0.5 * z.square().sum(1))
-                c.copy_(torch.where((value(new) > value(c))[:, None], new, c))
-            else:
-                factors.append(factor)
+    jacobian = torch.func.vmap(torch.func.jacfwd(one))
+    eye, factors = torch.eye(d, device=x.device, dtype=z.dtype), []
+    size = max(1, 4000 // d)
+    for c, image in zip(q.table.split(size), x.split(size), strict=True):
+        j = jacobian(c)  # (B, 784, d)
+        gradient = (j.mT @ (image - decoder(c)).flatten(1)[..., None]) / sigma**2 - c[..., None]
+        step = torch.linalg.solve(eye + j.mT @ j / sigma**2, gradient)[..., 0]
+        helps = log_joint(c + step, image) > log_joint(c, image)  # a Gauss-Newton step
+        c.copy_(torch.where(helps[:, None], c + step, c))
+        j = jacobian(c)
+        factors.append(torch.linalg.cholesky(eye + j.mT @ j / (widen * sigma**2)))
     return q.table, torch.cat(factors)
 
 
 @torch.no_grad()
 def importance_sampling(decoder, x: Tensor, mode: Tensor, factor: Tensor, sigma: float, k: int,
-                        widen: float = 1.1, prior: float = 0.1) -> tuple[Tensor, Tensor]:
+                        prior: float = 0.1) -> tuple[Tensor, Tensor]:
     """log p(x) and the effective sample size of each image, (B,) float64 on the CPU each.
 
-    Proposal: N(mode, widen * precision^-1) with a share `prior` of codes from N(0, I), weighed as
-    a mixture with those very shares. In 200 dimensions 10 % more variance halves the sample's
-    worth where the proposal is exact, and 20 % would leave a seventeenth.
+    Proposal: N(mode, (L L^T)^-1) for the factor L, with a share `prior` of codes from N(0, I), the
+    same for all images, weighed as a mixture with those very shares. A lower bound in expectation,
+    loose where the effective sample size is small.
     """
     g, d = common.generator("importance"), mode.shape[1]
     n_prior = round(prior * k)
-    found, sizes = [], []
     half_log = 0.5 * d * math.log(2 * math.pi)
+    z_prior = torch.randn(n_prior, d, generator=g, dtype=mode.dtype).to(x.device)
+    x_prior = decoder(z_prior) if n_prior else x[:0]
+    found, sizes = [], []
     for image, m, lower in zip(x, mode, factor, strict=True):
-        noise = torch.randn(k, d, generator=g, dtype=m.dtype).to(x.device)
-        near = m + math.sqrt(widen) * torch.linalg.solve_triangular(
-            lower.T, noise[n_prior:].T, upper=True).T
-        z = torch.cat([noise[:n_prior], near])  # (k, d)
+        noise = torch.randn(k - n_prior, d, generator=g, dtype=m.dtype).to(x.device)
+        near = m + torch.linalg.solve_triangular(lower.T, noise.T, upper=True).T
+        z = torch.cat([z_prior, near])  # (k, d)
         log_prior = -0.5 * z.square().sum(1) - half_log
-        log_near = (-0.5 * ((z - m) @ lower).square().sum(1) / widen - half_log
-                    + lower.diagonal().log().sum() - 0.5 * d * math.log(widen))
-        log_q = log_near
+        log_q = (-0.5 * ((z - m) @ lower).square().sum(1) - half_log
+                 + lower.diagonal().log().sum())
         if n_prior:
-            log_q = torch.logaddexp(log_near + math.log(1 - n_prior / k),
+            log_q = torch.logaddexp(log_q + math.log(1 - n_prior / k),
                                     log_prior + math.log(n_prior / k))
-        log_px = torch.cat([log_likelihood(decoder, c, image[None], sigma) for c in z.split(2500)])
+        log_px = torch.cat([log_likelihood(x_prior, image[None], sigma), *[
+            log_likelihood(decoder(c), image[None], sigma) for c in near.split(2500)]])
         log_w = (log_px + log_prior - log_q).cpu().double()
         found.append(log_w.logsumexp(0) - math.log(k))
         sizes.append((2 * log_w.logsumexp(0) - (2 * log_w).logsumexp(0)).exp())
@@ -454,16 +459,19 @@ def in_chunks(f, x: Tensor, device) -> Tensor:
         return torch.cat([f(c.to(device)).cpu() for c in x.split(1000)])
 
 
-def judge_images(decoder, start, x: Tensor, sigma: float, k: int) -> dict[str, Tensor]:
-    """Every number of the gap for images x, from starting q's `start` = (mu, logvar): (B,) each.
+def measure(decoder, start, x: Tensor, sigma: float, k: int) -> dict[str, Tensor]:
+    """Every number of the gap for images x, from the q `start` = (mu, logvar): (B,) each, nats.
 
-    "first" is the ELBO of the start, "elbo" of the optimised q, "log_px" and "ess" are importance
+    "start" is the ELBO of that q, "elbo" of the optimised one, "log_px" and "ess" are importance
     sampling around the mode; "mu" (B, d) are the optimised means.
     """
+    began = time.perf_counter()
     q = infer(decoder, x, *start, sigma)
+    optimised = elbo(decoder, x, *q, sigma)  # on the CPU: the clock waits for the device
+    seconds = time.perf_counter() - began
     log_px, ess = importance_sampling(decoder, x, *laplace(decoder, x, q[0], sigma), sigma, k)
-    return {"first": elbo(decoder, x, *start, sigma), "elbo": elbo(decoder, x, *q, sigma),
-            "log_px": log_px, "ess": ess, "mu": q[0]}
+    return {"start": elbo(decoder, x, *start, sigma), "elbo": optimised, "log_px": log_px,
+            "ess": ess, "mu": q[0], "seconds": torch.tensor(seconds)}
 
 
 def summary(values: Tensor) -> dict[str, float]:
@@ -471,170 +479,180 @@ def summary(values: Tensor) -> dict[str, float]:
     return {"mean": float(values.mean()), "se": float(values.std() / math.sqrt(len(values)))}
 
 
-def probe(z: Tensor, y: Tensor, z_test: Tensor, y_test: Tensor) -> float:
-    """Test accuracy of a linear classifier on codes (logistic regression, standardised)."""
-    from sklearn.linear_model import LogisticRegression  # a second to import
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
+def gaps(found: dict[str, Tensor]) -> dict:
+    """The gaps of `measure`, as numbers: means over images with their standard errors, nats."""
+    return {"start": summary(found["start"]), "elbo": summary(found["elbo"]),
+            "log_px": summary(found["log_px"]),
+            "start_gap": summary(found["elbo"] - found["start"]),
+            "approximation_gap": summary(found["log_px"] - found["elbo"]),
+            "better_share": float((found["elbo"] > found["start"]).double().mean()),
+            "ess_median": float(found["ess"].median()),
+            "ess_below_50": float((found["ess"] < 50).double().mean()),
+            "below_elbo_share": float((found["log_px"] < found["elbo"]).double().mean()),
+            "sampling_error": float((1 / found["ess"]).sum().sqrt() / len(found["ess"]))}
 
-    model = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=200))
-    return float(model.fit(z.numpy(), y.numpy()).score(z_test.numpy(), y_test.numpy()))
+
+def compare_starts(decoder, starts: dict, x: Tensor, sigma: float) -> dict[str, dict]:
+    """ELBO of images x after 30 and after all steps from each start, and the seconds it took."""
+    compared = {}
+    for name, start in starts.items():
+        for steps in [30, INFERENCE_STEPS]:
+            began = time.perf_counter()
+            q = [v.cpu() for v in infer(decoder, x, *start(x), sigma, steps)]
+            seconds = time.perf_counter() - began
+            q = [v.to(x.device) for v in q]
+            compared[f"{name}, {steps} steps"] = {
+                **summary(elbo(decoder, x, *q, sigma)), "seconds": seconds}
+    return compared
+
+
+def fid_of_samples(config: dict, decoder, mu: Tensor, logvar: Tensor, classifier, f_test: Tensor,
+                   device) -> dict[str, float]:
+    """FID of decoded codes from the prior and from a Gaussian with the moments of the training
+    images' codes, mean and variances (N, d) of each.
+    """
+    d = mu.shape[1]
+    noise = torch.randn(10_000, d, generator=common.generator(config["seed"], "samples"))
+    cov = torch.cov(mu.double().T).view(d, d) + logvar.exp().mean(0).double().diag()
+    fitted = mu.mean(0) + noise @ torch.linalg.cholesky(cov).float().T
+    look = lambda z: classifier.look(in_chunks(decoder, z, device))[0]
+    return {name: common.frechet_distance(look(z), f_test)
+            for name, z in [("prior", noise), ("gaussian", fitted)]}
+
+
+def probe(z: Tensor, y: Tensor, z_test: Tensor, y_test: Tensor) -> float:
+    """Test accuracy of a linear classifier on codes (logistic regression)."""
+    from sklearn.linear_model import LogisticRegression  # a second to import
+
+    model = LogisticRegression(C=0.1, max_iter=300).fit(z.numpy(), y.numpy())
+    return float(model.score(z_test.numpy(), y_test.numpy()))
+
+
+def ink_test(ink: Tensor, y: Tensor, log_px: Tensor) -> dict:
+    """How much of log p(x) stroke area explains, and what the digit adds.
+
+    Least squares on the ink (sum of pixels) and its square, then with the digit; the F test of the
+    digit's nine parameters beyond the ink, and log p(x) of each digit at the mean ink, nats.
+    """
+    from scipy.stats import f  # comes with scikit-learn
+
+    t = ((ink - ink.mean()) / ink.std()).double()
+    one, target = F.one_hot(y, 10).double(), log_px.double()
+    total, rest = (target - target.mean()).square().sum(), {}
+    for key, columns in [("ink", torch.stack([torch.ones_like(t), t, t.square()], 1)),
+                         ("both", torch.cat([one, t[:, None], t.square()[:, None]], 1))]:
+        fit = torch.linalg.lstsq(columns, target[:, None]).solution
+        rest[key] = (target - (columns @ fit)[:, 0]).square().sum()
+    free = max(len(y) - 12, 1)
+    value = float((rest["ink"] - rest["both"]) / 9 / (rest["both"] / free))
+    return {"r2_ink": float(1 - rest["ink"] / total), "f": value, "p": float(f.sf(value, 9, free)),
+            "r2_ink_and_digit": float(1 - rest["both"] / total),
+            "at_mean_ink": fit[:10, 0].tolist()}
 
 
 def evaluate(config: dict, args, data, part, trained: dict, real, classifier, folder,
              device) -> dict:
     """final_metrics.json, log_probabilities.npy and .csv, and the pictures of a finished run.
 
-    `real` holds the metric classifier's features of the test and of 10,000 training images.
+    `real` holds the metric classifier's features of the test and of 10,000 training images. The
+    last epoch is used; nothing is selected, validation images only draw a curve.
     """
-    sigma, d, start = config["sigma"], config["latent_dim"], time.perf_counter()
+    began, sigma, d = time.perf_counter(), config["sigma"], config["latent_dim"]
     x_train, y_train = data.x_train[part["train"]].to(device), data.y_train[part["train"]]
-    test = stratified(data.y_test, min(args.test_images, 10 * int(data.y_test.bincount().min())),
-                      "test")
-    test = test[data.y_test[test].argsort(stable=True)]  # by digit
-    x, y = data.x_test[test].to(device), data.y_test[test]
-    some = torch.arange(max(2, len(test) // 5))  # of the training images, in random order
-    few = torch.randperm(len(test), generator=common.generator("few"))[:len(some)]
-    encoder, pca = trained["vae"][1], pca_posterior(x_train, d, sigma)
-    decoders = {name: trained[name][0] for name in MODELS}
+    x, y = data.x_test[part["test"]].to(device), data.y_test[part["test"]]
+    some = torch.arange(max(2, min(len(x) // 5, len(x_train))))  # training images, random order
+    order = torch.randperm(len(x), generator=common.generator("few"))
+    few, ink = order[:len(some)], x.flatten(1).sum(1).cpu()
+
+    def encode(x: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            mu, logvar = (torch.cat(v) for v in zip(
+                *[trained["vae"][1](c) for c in x.split(1000)], strict=True))
+        return mu, logvar
+
+    pca, table = pca_posterior(x_train, d, sigma), trained["latent_opt"][1].table
     zero = lambda x: (torch.zeros(len(x), d, device=x.device),) * 2
-    starts = {"vae": {"zero": zero, "PCA": pca, "encoder": torch.no_grad()(encoder)},
+    starts = {"vae": {"zero": zero, "PCA": pca, "encoder": encode},
               "latent_opt": {"zero": zero, "PCA": pca}}
-    table = trained["latent_opt"][1].table
-    seconds = {"train_" + name: sum(row["seconds"] for row in trained[name][2]) for name in MODELS}
-    found, metrics = {}, {
-        "n_test": len(test), "n_train": len(some), "codes": args.codes, "models": {},
+    found, models = {}, {}
+    for name in MODELS:
+        decoder, start = trained[name][0], list(starts[name].values())[-1]
+        q_train = encode(x_train) if name == "vae" else tuple(table.chunk(2, dim=1))
+        found[name] = of = measure(decoder, start(x), x, sigma, args.codes)
+        on_train = measure(decoder, [v[some] for v in q_train], x_train[some], sigma, args.codes)
+        error = lambda z, x, decoder=decoder: float(
+            (in_chunks(decoder, z, device) - x.cpu()).square().mean())
+        mu, logvar = (v.cpu() for v in q_train)
+        models[name] = {
+            "gaps": {"test": gaps(of), "train": gaps(on_train)},
+            "starts": compare_starts(decoder, starts[name], x[few], sigma),
+            "fid": fid_of_samples(config, decoder, mu, logvar, classifier, real[0], device),
+            "squared_error": {"start": error(start(x)[0], x), "optimised": error(of["mu"], x),
+                              "training images": error(mu[some], x_train[some])},
+            "probe_accuracy": probe(mu, y_train, (start(x)[0] if name == "vae" else of["mu"]).cpu(),
+                                    y),
+            "log_px_by_digit": [summary(of["log_px"][y == digit]) | {"sampling_error": float(
+                (1 / of["ess"][y == digit]).sum().sqrt() / (y == digit).sum())}
+                for digit in range(10)],
+            "ink": ink_test(ink, y, of["log_px"]), "seconds_to_infer": float(of["seconds"]),
+            "seconds_per_epoch": float(np.median([row["seconds"] for row in trained[name][2]])),
+            "seconds_train": sum(row["seconds"] for row in trained[name][2])}
+    timed = time.perf_counter()
+    mu = encode(x)[0].cpu()
+    models["vae"]["seconds_to_encode"] = time.perf_counter() - timed
+    timed = time.perf_counter()
+    supervised = train_classifier(config, x_train, y_train.to(device))
+    seconds_supervised = time.perf_counter() - timed
+    right = in_chunks(supervised, data.x_test, device).argmax(1) == data.y_test
+    metrics = {
+        "n_test": len(x), "n_train": len(some), "codes": args.codes, "models": models,
+        "supervised_accuracy": float(right.double().mean()),
+        "supervised_accuracy_subset": float(right[part["test"]].double().mean()),
         "fid_floor": common.frechet_distance(real[1], real[0]),
         "largest_log_px": -0.5 * 784 * math.log(2 * math.pi * sigma**2),
-        "classifier": {"accuracy": classifier.accuracy, "sha256": classifier.sha256}}
-    for name, decoder in decoders.items():
-        best = list(starts[name].values())[-1]
-        began = time.perf_counter()
-        found[name] = judge_images(decoder, best(x), x, sigma, args.codes)
-        seconds[f"gap_{name}"] = time.perf_counter() - began
-        own = best(x_train[some]) if name == "vae" else tuple(table[some].chunk(2, dim=1))
-        on_train = judge_images(decoder, own, x_train[some], sigma, args.codes)
-        compared = {}
-        for label, begin in starts[name].items():
-            for steps in [30, 300]:
-                began = time.perf_counter()
-                q = infer(decoder, x[few], *begin(x[few]), sigma, steps)
-                compared[f"{label}, {steps} steps"] = summary(elbo(decoder, x[few], *q, sigma)) | {
-                    "seconds": time.perf_counter() - began}
-        codes = table.chunk(2, dim=1) if name == "latent_opt" else [
-            torch.cat(v) for v in zip(*[starts["vae"]["encoder"](c) for c in x_train.split(1000)],
-                                      strict=True)]
-        mu, logvar = (v.cpu() for v in codes)
-        g = common.generator(config["seed"], "samples")
-        noise = torch.randn(10_000, d, generator=g)
-        cov = torch.cov(mu.double().T).view(d, d) + logvar.exp().mean(0).double().diag()
-        fitted = mu.mean(0) + noise @ torch.linalg.cholesky(cov).float().T
-        fid = {key: common.frechet_distance(classifier.look(in_chunks(decoder, z, device))[0],
-                                            real[0])
-               for key, z in [("prior", noise), ("gaussian", fitted)]}
-        mse = lambda z, x, decoder=decoder: (
-            in_chunks(decoder, z, device) - x.cpu()).square().flatten(1).mean(1)
-        seen = {"test_optimised": mse(found[name]["mu"], x),
-                "train_optimised": mse(on_train["mu"], x_train[some])}
-        if name == "vae":
-            seen["test_encoder"] = mse(best(x)[0], x)
-            seen["train_encoder"] = mse(mu[some], x_train[some])
-        gaps = {}
-        for where, of in [("test", found[name]), ("train", on_train)]:
-            gaps[where] = {
-                "elbo_first": summary(of["first"]), "elbo": summary(of["elbo"]),
-                "log_px": summary(of["log_px"]), "ess_median": float(of["ess"].median()),
-                "ess_smallest": float(of["ess"].min()),
-                "approximation_gap": summary(of["log_px"] - of["elbo"]),
-                "first_gap": summary(of["elbo"] - of["first"]),
-                "better_share": float((of["elbo"] > of["first"]).double().mean())}
-        by_digit = [summary(found[name]["log_px"][y == digit]) for digit in range(10)]
-        probe_test = best(x)[0] if name == "vae" else found[name]["mu"]
-        metrics["models"][name] = {
-            "gaps": gaps, "starts": compared, "fid": fid, "log_px_by_digit": by_digit,
-            "mean_squared_error": {k: float(v.mean()) for k, v in seen.items()},
-            "probe_accuracy": probe(mu, y_train, probe_test.cpu(), y),
-            "seconds_per_epoch": float(np.median([row["seconds"] for row in trained[name][2]]))}
-    began = time.perf_counter()
-    supervised = train_classifier(config, x_train, y_train.to(device))
-    seconds["supervised"] = time.perf_counter() - began
-    said = in_chunks(supervised, data.x_test, device).argmax(1)
-    metrics |= {"supervised_accuracy": float((said == data.y_test).double().mean()),
-                "ink": ink_test(x, y, found), "parameters": {
-                    "decoder": sum(w.numel() for w in decoders["vae"].parameters()),
-                    "encoder": sum(w.numel() for w in encoder.parameters()),
-                    "latents": table.numel()},
-                **{f"seconds_{k}": v for k, v in seconds.items()},
-                "seconds_evaluation": time.perf_counter() - start,
-                "environment": common.environment(device)}
-    save_log_probabilities(folder, test, y, x, found)
-    figures(config, folder, trained, found, y, x[few[:10]], x_train[:10], starts, device)
-    history = [{"epoch": a["epoch"], **{f"vae_{k}": v for k, v in a.items() if k != "epoch"},
-                **{f"latent_opt_{k}": v for k, v in b.items() if k != "epoch"}}
-               for a, b in zip(trained["vae"][2], trained["latent_opt"][2], strict=True)]
-    common.save_history(folder / "history.csv", history)
+        "parameters": {"decoder": sum(w.numel() for w in trained["vae"][0].parameters()),
+                       "encoder": sum(w.numel() for w in trained["vae"][1].parameters()),
+                       "latents": table.numel()},
+        "classifier": {"accuracy": classifier.accuracy, "sha256": classifier.sha256},
+        "seconds_supervised": seconds_supervised,
+        "seconds_evaluation": time.perf_counter() - began,
+        "environment": common.environment(device)}
+    save_log_probabilities(folder, part["test"], y, ink, found)
+    figures(config, folder, trained, found, y, x[order[:10]], x_train[:10], pca, device)
+    common.save_history(folder / "history.csv", [
+        {"epoch": a["epoch"], **{f"vae_{k}": v for k, v in a.items() if k != "epoch"},
+         **{f"latent_opt_{k}": v for k, v in b.items() if k != "epoch"}}
+        for a, b in zip(trained["vae"][2], trained["latent_opt"][2], strict=True)])
     common.save_json(folder / "final_metrics.json", metrics)
     return metrics
 
 
-def ink_test(x: Tensor, y: Tensor, found: dict) -> dict[str, dict]:
-    """How much of log p(x) stroke area explains, and what the digit adds: shares of variance.
-
-    Least squares on the ink (sum of pixels), then on ink and digit; the F test of the digits' nine
-    parameters beyond the ink.
-    """
-    from scipy.stats import f  # comes with scikit-learn
-
-    ink = x.flatten(1).sum(1).cpu().double()
-    one = F.one_hot(y, 10).double()
-    results = {}
-    for name, of in found.items():
-        target, total = of["log_px"], (of["log_px"] - of["log_px"].mean()).square().sum()
-        rest = {}
-        for key, columns in [("ink", torch.stack([torch.ones_like(ink), ink], 1)),
-                             ("both", torch.cat([one, ink[:, None]], 1))]:
-            fit = columns @ torch.linalg.lstsq(columns, target[:, None]).solution
-            rest[key] = (target - fit[:, 0]).square().sum()
-        free = len(y) - 11
-        value = float((rest["ink"] - rest["both"]) / 9 / (rest["both"] / max(free, 1)))
-        results[name] = {"r2_ink": float(1 - rest["ink"] / total),
-                         "r2_ink_and_digit": float(1 - rest["both"] / total), "f": value,
-                         "p": float(f.sf(value, 9, max(free, 1)))}
-    return results
-
-
-def save_log_probabilities(folder: Path, test: Tensor, y: Tensor, x: Tensor, found: dict) -> None:
+def save_log_probabilities(folder: Path, test: Tensor, y: Tensor, ink: Tensor,
+                           found: dict) -> None:
     """log_probabilities.npy: float64 (2 models in MODELS' order, 10 digits, images of a digit),
     padded with NaN where digits differ in number; log_probabilities.csv: an image per line, to
     read.
     """
-    per = max(int((y == digit).sum()) for digit in range(10))
-    array = np.full((len(found), 10, per), np.nan)
+    array = np.full((len(found), 10, int(y.bincount().max())), np.nan)
     for i, of in enumerate(found.values()):
         for digit in range(10):
-            values = of["log_px"][y == digit].numpy()
-            array[i, digit, :len(values)] = values
+            array[i, digit, :(y == digit).sum()] = of["log_px"][y == digit].numpy()
     with common.atomic(folder / "log_probabilities.npy") as temporary, open(temporary, "wb") as f:
         np.save(f, array)
-    text = io.StringIO()
-    out = csv.writer(text, lineterminator="\n")
-    out.writerow(["test_index", "digit", "ink", *[f"{name}_{key}" for name in found
-                                                  for key in ["first", "elbo", "log_px", "ess"]]])
-    ink = x.flatten(1).sum(1).cpu()
-    for i in range(len(y)):
-        out.writerow([int(test[i]), int(y[i]), f"{ink[i]:.2f}",
-                      *[f"{of[key][i]:.4f}" for of in found.values()
-                        for key in ["first", "elbo", "log_px", "ess"]]])
-    common.save_text(folder / "log_probabilities.csv", text.getvalue())
+    common.save_history(folder / "log_probabilities.csv", [
+        {"test_index": int(test[i]), "digit": int(y[i]), "ink": round(float(ink[i]), 2),
+         **{f"{name}_{key}": round(float(of[key][i]), 4) for name, of in found.items()
+            for key in ["start", "elbo", "log_px", "ess"]}} for i in range(len(y))])
 
 
 # ------------------------------------------------------------------------------- Figures and report
 
 
 def figures(config: dict, folder: Path, trained: dict, found: dict, y: Tensor, x_test: Tensor,
-            x_train: Tensor, starts: dict, device) -> None:
+            x_train: Tensor, pca, device) -> None:
     """training_curves.png, log_probabilities.png, and for the shown epochs recon_, samples_,
-    latent_opt_recon_ and comparison_epoch_<n>.png."""
+    latent_opt_recon_ and comparison_epoch_<n>.png.
+    """
     figure = Figure(figsize=(11, 3))
     for axes, key in zip(figure.subplots(1, 3), ["loss", "reconstruction", "kl"], strict=True):
         for name, title in MODELS.items():
@@ -652,47 +670,44 @@ def figures(config: dict, folder: Path, trained: dict, found: dict, y: Tensor, x
 
     figure = Figure(figsize=(9, 3.5))
     for axes, (name, of) in zip(figure.subplots(1, 2, sharey=True), found.items(), strict=True):
-        axes.boxplot([of["log_px"][y == digit].numpy() for digit in range(10)], showfliers=False)
+        axes.boxplot([of["log_px"][y == digit].numpy() for digit in range(10)],
+                     flierprops={"markersize": 2})
         axes.set_xticks(range(1, 11), range(10))
         axes.set(xlabel="digit", ylabel="log p(x) (nats)", title=MODELS[name])
     figure.tight_layout()
     common.save_figure(folder / "log_probabilities.png", figure)
 
-    sigma, d = config["sigma"], config["latent_dim"]
+    sigma, d, n = config["sigma"], config["latent_dim"], len(x_train)
     both = torch.cat([x_train, x_test])
-    n = len(x_train)
     z = torch.randn(30, d, generator=common.generator("shown")).to(device)
     encoder, decoder = Encoder(d).to(device), Decoder(d).to(device).eval().requires_grad_(False)
     for epoch in shown_epochs(config):
-        rebuilt, samples = {}, []
-        for name in MODELS:
+        rebuilt, samples, at = {}, [], f"after epoch {epoch}"
+        for name, file in [("vae", "recon"), ("latent_opt", "latent_opt_recon")]:
             saved = common.load_torch(folder / f"{name}_epoch_{epoch}.pt")
             decoder.load_state_dict(saved["decoder"])
-            with torch.no_grad():
-                samples.append(decoder(z))
             if name == "vae":
                 encoder.load_state_dict(saved["inference"])
-                with torch.no_grad():
-                    mu = encoder(both)[0]
+                mu = encoder(both)[0]
             else:
                 own = saved["inference"]["table"][:n].to(device).chunk(2, dim=1)[0]
-                inferred = infer(decoder, x_test, *starts[name]["PCA"](x_test), sigma)[0]
-                mu = torch.cat([own, inferred])
+                mu = torch.cat([own, infer(decoder, x_test, *pca(x_test), sigma)[0]])
             with torch.no_grad():
                 rebuilt[name] = decoder(mu)
-        at = f"after epoch {epoch}"
-        for name, file in [("vae", "recon"), ("latent_opt", "latent_opt_recon")]:
+                samples.append(decoder(z))
             common.save_grid(folder / f"{file}_epoch_{epoch}.png", torch.cat([
-                x_test, rebuilt[name][n:]]), n, f"{MODELS[name]}, {at}: test images above their "
-                "reconstructions")
+                x_test, rebuilt[name][n:]]), len(x_test),
+                f"{MODELS[name]}, {at}: test images above their reconstructions")
         common.save_grid(folder / f"samples_epoch_{epoch}.png", torch.cat(samples), 10,
                          f"samples from the prior {at}",
-                         [name for title in ["amortised", "optimised"] for name in [title, "", ""]])
-        rows = [v for i in (slice(None, n), slice(n, None))
-                for v in (both[i], rebuilt["vae"][i], rebuilt["latent_opt"][i])]
-        common.save_grid(folder / f"comparison_epoch_{epoch}.png", torch.cat(rows), n,
-                         f"{at[0].upper()}{at[1:]}", [
-                             "train", "amortised", "optimised", "test", "amortised", "optimised"])
+                         ["amortised", "", "", "optimised", "", ""])
+        if len(x_test) == n:
+            rows = [v for i in (slice(None, n), slice(n, None))
+                    for v in (both[i], rebuilt["vae"][i], rebuilt["latent_opt"][i])]
+            common.save_grid(folder / f"comparison_epoch_{epoch}.png", torch.cat(rows), n,
+                             f"A{at[1:]}: original, amortised, optimised", [
+                                 "train", "amortised", "optimised", "test", "amortised",
+                                 "optimised"])
 
 
 def report(root: Path) -> str:
@@ -703,25 +718,28 @@ def report(root: Path) -> str:
     name = common.DATASETS[runs[0]["config"]["dataset"]]
     parts = [f"# Amortised inference against latent optimisation on {name}\n\nWhat does an encoder "
              "lose against optimising the latents of every image by themselves?"]
-    groups: dict[str, list] = {}
+    groups: dict[tuple, list] = {}
     for run in runs:
-        groups.setdefault(variant(run["config"]), []).append(run)
-    parts += [section(root, title, group) for title, group in groups.items()]
-    rows = [[title, r["config"]["seed"], r["config"]["epochs"], r["config"]["batch_size"],
-             f"`{e['command']}`", e["commit"], e["device"], e["torch"],
-             f"{r['metrics']['seconds_train_vae'] + r['metrics']['seconds_train_latent_opt']:.0f}",
+        same = {k: v for k, v in run["config"].items() if k != "seed"}
+        groups.setdefault((str(same), run["metrics"]["codes"], run["metrics"]["n_test"]),
+                          []).append(run)
+    for of in groups.values():
+        c = of[0]["config"]
+        parts += [f"## d = {c['latent_dim']}, σ = {c['sigma']:g}, {c['epochs']} epochs of "
+                  f"{c['train_size']:,} images, n={len(of)}", answer(of), gap_room(of),
+                  starts_room(of), quality_room(of), digits_room(of), pictures_room(of)]
+    rows = [[r["folder"].as_posix(), f"`{e['command']}`", e["commit"], e["device"], e["torch"],
+             f"{sum(m['seconds_train'] for m in r['metrics']['models'].values()):.0f}",
              f"{r['metrics']['seconds_evaluation']:.0f}"]
-            for title, group in groups.items() for r in group
-            for e in [r["metrics"]["environment"]]]
+            for r in runs for e in [r["metrics"]["environment"]]]
     parts.append("## How this was made\n\n" + common.table(
-        ["run", "seed", "epochs", "batch", "command", "commit", "device", "torch", "s to train",
-         "s to evaluate"], rows))
+        ["run", "command", "commit", "device", "torch", "s to train", "s to evaluate"], rows))
     text = "\n\n".join(parts) + "\n"
     common.save_text(root / "report.md", text)
     return text
 
 
-def get(runs: list, *keys) -> list[float]:
+def get(runs: list, *keys) -> list:
     """One metric of every run."""
     found = [run["metrics"] for run in runs]
     for key in keys:
@@ -729,82 +747,157 @@ def get(runs: list, *keys) -> list[float]:
     return found
 
 
-def section(root: Path, title: str, runs: list) -> str:
-    """Answers, tables and pictures of the seeds of one configuration."""
-    show = lambda *keys, digits=2: common.mean_std(get(runs, "models", *keys), digits)
-    gap = lambda name, where, key: show(name, "gaps", where, key, "mean")
-    share = lambda name, where: common.mean_std([100 * v for v in get(
-        runs, "models", name, "gaps", where, "better_share")], 1)
-    n = runs[0]["metrics"]["n_test"]
-    better = lambda key, *keys: common.paired(get(runs, "models", "latent_opt", *keys),
-                                              get(runs, "models", "vae", *keys), key)
-    lines = [f"## {title}, n={len(runs)}",
-             f"**Answer.** Under its own decoder the encoder's bound is "
-             f"{gap('vae', 'test', 'first_gap')} nats below that of the best Gaussian of each test "
-             f"image, and that one {gap('vae', 'test', 'approximation_gap')} below log p(x); the "
-             f"optimised q is better for {share('vae', 'test')} % of them. Against the amortised "
-             "VAE, latent optimisation shows "
-             f"{better(' nats', 'gaps', 'test', 'log_px', 'mean')} in log p(x) of test images, and "
-             f"{better('', 'fid', 'prior')} in the FID of prior samples."]
-    rows = [[f"{MODELS[name]}, {where}", gap(name, where, "elbo_first"), gap(name, where, "elbo"),
-             gap(name, where, "log_px"), gap(name, where, "first_gap"),
-             gap(name, where, "approximation_gap"),
-             share(name, where), show(name, "gaps", where, "ess_median", digits=0)]
+def show(runs: list, *keys, digits: int = 2, times: float = 1) -> str:
+    """One metric of the models over seeds, as 'mean ± std'."""
+    return common.mean_std([times * v for v in get(runs, "models", *keys)], digits)
+
+
+def latent_against_vae(runs: list, *keys, vae: tuple = (), digits: int = 2) -> str:
+    """Latent optimisation minus the amortised VAE in one metric, paired by seed, as text."""
+    return common.paired(get(runs, "models", "latent_opt", *keys),
+                         get(runs, "models", "vae", *(vae or keys)), digits=digits)
+
+
+def answer(runs: list) -> str:
+    gap = lambda key: show(runs, "vae", "gaps", "test", key, "mean")
+    better = show(runs, "vae", "gaps", "test", "better_share", digits=1, times=100)
+    return (f"**Answer.** On test images the encoder's bound is {gap('start_gap')} nats below that "
+            "of the diagonal Gaussian optimised for each image under the same decoder (the "
+            f"amortisation gap; optimising is better for {better} % of them), and that one "
+            f"{gap('approximation_gap')} nats below the estimate of log p(x) (the approximation "
+            "gap). Latent optimisation minus amortised VAE: "
+            f"{latent_against_vae(runs, 'gaps', 'test', 'log_px', 'mean')} in log p(x) of test "
+            f"images (nats, higher is better), {latent_against_vae(runs, 'fid', 'prior')} in the "
+            "FID of prior samples (lower is better).")
+
+
+def gap_room(runs: list) -> str:
+    def with_interval(name, where, key):
+        m = [v["gaps"][where][key] for v in get(runs, "models", name)]
+        half = 1.96 * np.mean([v["se"] for v in m])
+        return f"{common.mean_std([v['mean'] for v in m])} (± {half:.2f})"
+
+    rows = [[f"{MODELS[name]}, {where}",
+             *[with_interval(name, where, key) for key in ["start", "elbo", "log_px", "start_gap",
+                                                           "approximation_gap"]],
+             show(runs, name, "gaps", where, "better_share", digits=1, times=100),
+             show(runs, name, "gaps", where, "ess_median", digits=0),
+             show(runs, name, "gaps", where, "ess_below_50", digits=1, times=100)]
             for name in MODELS for where in ["test", "train"]]
-    lines += ["### Where the gap lies", common.table(
-        ["", "ELBO of the start", "ELBO optimised", "log p(x)", "amortisation gap",
-         "approximation gap", "optimised is better (%)", "median ESS"], rows),
-        f"Nats per image, {n:,} test and {runs[0]['metrics']['n_train']} training images, mean ± "
-        "standard deviation over seeds; over images the standard errors are about "
-        f"{np.mean(get(runs, 'models', 'vae', 'gaps', 'test', 'log_px', 'se')):.1f} (log p(x)) and "
-        f"{np.mean(get(runs, 'models', 'vae', 'gaps', 'test', 'first_gap', 'se')):.2f} (gap). The "
-        "start is the encoder's q for the amortised VAE; for latent optimisation it is the PCA "
-        "start on test images and the trained latents on training images. log p(x) by importance "
-        f"sampling with {runs[0]['metrics']['codes']:,} codes; ESS is the effective number of "
-        "them. No log p(x) can exceed "
-        f"{runs[0]['metrics']['largest_log_px']:.3f}, a perfect reconstruction.",
-        f"![Training curves]({runs[0]['folder'].as_posix()}/training_curves.png)"]
-    rows = [[f"{MODELS[name]}: {label}", show(name, "starts", label, "mean"),
-             show(name, "starts", label, "seconds", digits=1)]
-            for name in MODELS for label in runs[0]["metrics"]["models"][name]["starts"]]
-    lines += ["### Where to start from", common.table(["decoder: start", "ELBO (nats)", "s"], rows),
-              f"ELBO of {runs[0]['metrics']['n_train']} test images after optimising q."]
-    rows = [[f"squared error per pixel, test images, codes by {key[5:]}", *[
-                 show(name, "mean_squared_error", key, digits=4)
-                 if key in runs[0]["metrics"]["models"][name]["mean_squared_error"] else "–"
-                 for name in MODELS]] for key in ["test_encoder", "test_optimised"]]
-    rows += [[f"FID, {key} samples", *[show(name, "fid", key) for name in MODELS]]
-             for key in ["prior", "gaussian"]]
-    rows += [["linear probe of the codes, test accuracy (%)", *[common.mean_std(
-        [100 * v for v in get(runs, "models", name, "probe_accuracy")]) for name in MODELS]],
-        ["s per epoch", *[show(name, "seconds_per_epoch", digits=1) for name in MODELS]]]
-    floor = common.mean_std(get(runs, "fid_floor"), 3)
-    supervised = common.mean_std([100 * v for v in get(runs, "supervised_accuracy")])
-    lines += ["### Reconstructions, samples, codes, cost", common.table(
-        ["", *MODELS.values()], rows),
-        "FID is in the features of the metric classifier, not Inception's, 10,000 samples against "
-        f"10,000 test images, where training images score {floor}; gaussian: one fitted to the "
-        "codes of the training images. Probes see the same training images and "
-        f"{n:,} test images; the supervised classifier scores {supervised} % on all test images."]
-    rows = [[digit, *[common.mean_std([m[digit]["mean"] for m in get(
-        runs, "models", name, "log_px_by_digit")]) for name in MODELS],
-        *[f"{np.mean([m[digit]['se'] for m in get(runs, 'models', name, 'log_px_by_digit')]):.2f}"
-          for name in MODELS]] for digit in range(10)]
-    ink = lambda name, key, digits=2: common.mean_std(get(runs, "ink", name, key), digits)
-    lines += ["### Which digits are probable", common.table(
-        ["digit", *[f"{t}, log p(x)" for t in MODELS.values()],
-         *[f"{t}, standard error" for t in MODELS.values()]], rows),
-        " ".join(f"{t}: stroke area alone explains {ink(m, 'r2_ink')} of the variance of log p(x) "
-                 f"over images, stroke area and digit {ink(m, 'r2_ink_and_digit')} (largest p of "
-                 f"the digit {max(get(runs, 'ink', m, 'p')):.1g}): beyond the area the digit "
-                 + ("matters." if max(get(runs, "ink", m, "p")) < 0.01 else
-                    "adds nothing that can be told from noise.") for m, t in MODELS.items()),
-        f"![log p(x) by digit]({runs[0]['folder'].as_posix()}/log_probabilities.png)",
-        "### Pictures"]
-    for file in sorted((root / runs[0]["folder"]).glob("*_epoch_*.png"),
-                       key=lambda f: (int(f.stem.split("_")[-1]), f.stem)):
-        lines.append(f"![{file.stem}]({runs[0]['folder'].as_posix()}/{file.name})")
-    return "\n\n".join(lines)
+    m = runs[0]["metrics"]
+    error = max(v["gaps"]["test"]["sampling_error"] for name in MODELS
+                for v in get(runs, "models", name))
+    return "### Where the gap lies\n\n" + common.table(
+        ["", "ELBO of the start", "ELBO optimised", "log p(x)", "gap of the start",
+         "approximation gap", "optimised is better (%)", "median ESS", "ESS < 50 (%)"], rows) + (
+        f"\n\nNats per image, {m['n_test']:,} test and {m['n_train']} training images; mean ± "
+        "standard deviation over seeds, in brackets the 95 % half-width over images. The start is "
+        "the encoder's q for the amortised VAE (its gap is the amortisation gap); for latent "
+        "optimisation it is the PCA start on test images and, on training images, the trained "
+        "latents: what is left there is how far training, a few small steps for each image, was "
+        f"from done. log p(x) by importance sampling with {m['codes']:,} codes, a lower bound in "
+        "expectation (so is the approximation gap), loose where the effective sample size (ESS) "
+        "is small; its sampling error of the mean is "
+        f"{error:.2f} nats at most. No log p(x) can exceed {m['largest_log_px']:.3f}, a perfect "
+        "reconstruction.")
+
+
+def starts_room(runs: list) -> str:
+    models = runs[0]["metrics"]["models"]
+    rows = [[f"{MODELS[name]}: {label}", show(runs, name, "starts", label, "mean"),
+             show(runs, name, "starts", label, "seconds", digits=1)]
+            for name in MODELS for label in models[name]["starts"]]
+    best = {name: max(models[name]["starts"], key=lambda label: np.mean(get(
+        runs, "models", name, "starts", label, "mean"))) for name in MODELS}
+    return "### Where to start from\n\n" + common.table(
+        ["decoder: start", "ELBO (nats)", "s"], rows) + (
+        f"\n\nELBO of {runs[0]['metrics']['n_train']} test images after optimising q. Best: "
+        + "; ".join(f"{best[name]} ({MODELS[name]})" for name in MODELS)
+        + ". The PCA start is meaningful for latent optimisation, which was trained from it; for "
+        "the amortised decoder its axes are arbitrary.")
+
+
+def quality_room(runs: list) -> str:
+    rows = [[f"squared error per pixel, test images, {what}",
+             *[show(runs, name, "squared_error", key, digits=4) for name in MODELS]]
+            for key, what in [("start", "from the start's means"),
+                              ("optimised", "from the optimised means")]]
+    rows += [["squared error per pixel, training images, as trained",
+              *[show(runs, name, "squared_error", "training images", digits=4)
+                for name in MODELS]],
+             *[[f"FID, {key} samples", *[show(runs, name, "fid", key) for name in MODELS]]
+               for key in ["prior", "gaussian"]],
+             ["linear probe of the codes, accuracy (%)",
+              *[show(runs, name, "probe_accuracy", times=100, digits=1) for name in MODELS]],
+             ["s per epoch", *[show(runs, name, "seconds_per_epoch", digits=1)
+                               for name in MODELS]],
+             ["s to infer the test images", f"{show(runs, 'vae', 'seconds_to_encode')} (encoder)",
+              f"{show(runs, 'latent_opt', 'seconds_to_infer', digits=0)} (optimising)"]]
+    ratio = [b / a for a, b in zip(*[get(runs, "models", name, "seconds_per_epoch")
+                                     for name in MODELS], strict=True)]
+    m = runs[0]["metrics"]
+    accuracy = lambda key: common.mean_std([100 * v for v in get(runs, key)])
+    error = latent_against_vae(runs, "squared_error", "optimised",
+                               vae=("squared_error", "start"), digits=4)
+    prior, fitted = (np.mean([[v["fid"][key] for v in get(runs, "models", name)]
+                              for name in MODELS]) for key in ["prior", "gaussian"])
+    return "### Reconstructions, samples, codes, cost\n\n" + common.table(
+        ["", *MODELS.values()], rows) + (
+        f"\n\nWhich reconstructs better: latent optimisation, optimising, minus the encoder: "
+        f"{error} in squared error (lower is better). Which samples better: see the answer; a "
+        f"Gaussian fitted to the training images' codes is {'' if fitted < prior else 'no '}better "
+        "than the prior on average over both. FID is in the features of the metric classifier, not "
+        "Inception's, of 10,000 decoded means against 10,000 test images, where training images "
+        f"score {common.mean_std(sorted(set(get(runs, 'fid_floor'))), 3)}. Probes see the codes of "
+        f"the same training images and are tested on {m['n_test']:,} test images (95 % half-width "
+        f"about {196 * math.sqrt(0.95 * 0.05 / m['n_test']):.1f} points), for latent optimisation "
+        "on codes inferred in more steps than its training codes had. The supervised classifier "
+        f"scores {accuracy('supervised_accuracy_subset')} % on those and "
+        f"{accuracy('supervised_accuracy')} % on all test images, after "
+        f"{common.mean_std(get(runs, 'seconds_supervised'), 0)} s. An epoch of latent optimisation "
+        f"costs {common.mean_std(ratio)} × one of the amortised VAE, and "
+        f"{m['parameters']['latents']:,} latent parameters stand in for the encoder's "
+        f"{m['parameters']['encoder']:,}.")
+
+
+def digits_room(runs: list) -> str:
+    rows, said = [], []
+    for digit in range(10):
+        of = {name: [m[digit] for m in get(runs, "models", name, "log_px_by_digit")]
+              for name in MODELS}
+        rows.append([digit, *[cell for name in MODELS for cell in [
+            common.mean_std([m["mean"] for m in of[name]]),
+            f"{np.mean([m['se'] for m in of[name]]):.2f} / "
+            f"{np.mean([m['sampling_error'] for m in of[name]]):.2f}",
+            common.mean_std([v[digit] for v in get(runs, "models", name, "ink", "at_mean_ink")])]]])
+    for name, title in MODELS.items():
+        means = np.mean([[m["mean"] for m in ms]
+                         for ms in get(runs, "models", name, "log_px_by_digit")], 0)
+        at_mean = np.mean(get(runs, "models", name, "ink", "at_mean_ink"), 0)
+        p = max(get(runs, "models", name, "ink", "p"))
+        said.append(
+            f"{title}: most probable is {means.argmax()}, least {means.argmin()}. Stroke area "
+            f"explains {show(runs, name, 'ink', 'r2_ink')} of the variance of log p(x) over "
+            f"images, with the digit {show(runs, name, 'ink', 'r2_ink_and_digit')} (largest p "
+            f"{'< 1e-16' if p < 1e-16 else f'= {p:.1g}'}): the order is "
+            + (f"more than stroke area; at the mean area {at_mean.argmax()} is the most and "
+               f"{at_mean.argmin()} the least probable." if p < 0.01 else
+               "no more than stroke area, as far as these images can tell."))
+    return "### Which digits are probable\n\n" + common.table(
+        ["digit", *[f"{t}{what}" for t in MODELS.values() for what in [
+            ", log p(x)", ", s.e. over images / of sampling", ", at mean stroke area"]]],
+        rows) + "\n\n" + " ".join(said) + (
+        " Every image's value is in log_probabilities.csv and, as an array (2 models, 10 digits, "
+        "images of a digit), in log_probabilities.npy, in each run's folder.")
+
+
+def pictures_room(runs: list) -> str:
+    folder = runs[0]["folder"].as_posix()
+    names = ["training_curves", "log_probabilities", *[
+        f"{kind}_epoch_{epoch}" for epoch in shown_epochs(runs[0]["config"])
+        for kind in ["comparison", "samples", "recon", "latent_opt_recon"]]]
+    return f"### Pictures, seed {runs[0]['config']['seed']}\n\n" + "\n\n".join(
+        f"![{name}]({folder}/{name}.png)" for name in names)
 
 
 # --------------------------------------------------------------------------------------------- main
@@ -823,7 +916,7 @@ def main(argv=None) -> dict:
     data = common.load_data(args.dataset, args.data_dir)
     k, n = args.shard
     runs = grid(args, data.name)[k::n]
-    root, parts = base / data.name, [split(data, config) for config in runs]
+    root, parts = base / data.name, [split(data, config, args.test_images) for config in runs]
     folders = [root / variant(c) / f"seed_{c['seed']}" for c in runs]
     common.open_runs(folders, runs, args)
     classifier, metrics = common.load_classifier(data, device), {}
@@ -831,9 +924,13 @@ def main(argv=None) -> dict:
     for config, part, folder in zip(runs, parts, folders, strict=True):
         name, file = f"{variant(config)}/seed_{config['seed']}", folder / "final_metrics.json"
         if file.exists():  # finished, whether or not its weights are still here
-            metrics[name] = common.load_json(file)
-            if metrics[name]["codes"] == args.codes:
+            metrics[name] = there = common.load_json(file)
+            if there["codes"] >= args.codes and there["n_test"] >= args.test_images:
                 continue
+            if not (folder / "vae/checkpoint.pt").exists():
+                raise common.UserError(f"{folder} was measured on {there['n_test']} images with "
+                                       f"{there['codes']} codes and has no weights to measure "
+                                       "more; --fresh trains it again")
         x, x_val = (data.x_train[part[k]].to(device) for k in ["train", "val"])
         trained = {kind: train(kind, config, x, x_val, folder, args) for kind in MODELS}
         metrics[name] = evaluate(config, args, data, part, trained, real, classifier, folder,

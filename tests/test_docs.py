@@ -13,10 +13,12 @@ from conftest import ROOT
 
 import common
 import imbalance_study
+import latent_opt
 import vae_mnist
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-SCRIPTS = {"imbalance_study.py": imbalance_study, "vae_mnist.py": vae_mnist}
+SCRIPTS = {"imbalance_study.py": imbalance_study, "latent_opt.py": latent_opt,
+           "vae_mnist.py": vae_mnist}
 TEXTS = {"README.md": README, **{name: script.__doc__ for name, script in SCRIPTS.items()}}
 COMMANDS = [(where, line.split("#")[0].strip().split("python ")[-1])
             for where, text in TEXTS.items() for line in text.splitlines()
@@ -53,8 +55,9 @@ def imbalance_expect() -> str:
     show = lambda key: common.mean_std([r["metrics"]["samplers"]["local"][key] for r in runs])
     minutes = np.mean([r["metrics"]["seconds_train"] for r in runs]) / 60
     e = runs[0]["metrics"]["environment"]
-    return (f"Expect: ga-ae calibrated lift {show('calibrated_lift')}, FID {show('fid')}, "
-            f"n={len(runs)}; {minutes:.0f} min to train; {e['device']}; torch {e['torch']}.")
+    return (f"Expect: ga-ae calibrated lift {show('calibrated_lift')}, FID {show('fid')} "
+            f"(n={len(runs)});\n{minutes:.0f} min to train a run; {e['device']}, "
+            f"torch {e['torch']}.")
 
 
 def regenerated(text: str, name: str, new: str) -> str:
@@ -67,7 +70,8 @@ def current() -> dict[str, str]:
     """Every file that holds published numbers, as it should be."""
     study = (ROOT / "imbalance_study.py").read_text(encoding="utf-8")
     return {"README.md": regenerated(README, "imbalance", imbalance_table()),
-            "imbalance_study.py": re.sub("^Expect: .*$", imbalance_expect(), study, flags=re.M)}
+            "imbalance_study.py": re.sub(
+                r"^Expect: .*?\n\n", imbalance_expect() + "\n\n", study, flags=re.M | re.S)}
 
 
 @pytest.mark.parametrize("name", ["README.md", "imbalance_study.py"])
