@@ -54,15 +54,16 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, doc: str, *, epochs: int, batch_size: int,
-                 lr: float | list[float]):
+                 lr: float | list[float], several_datasets: bool = False):
         super().__init__(
             description=doc.strip().splitlines()[0],
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
             allow_abbrev=False,
         )
         flag = self.add_argument
-        flag("--dataset", choices=DATASETS,
-             help="if not given: mnist if at hand or reachable, else glyphs")
+        flag("--dataset", choices=DATASETS, nargs="+" if several_datasets else None,
+             help=f"if not given: mnist{' and fashion-mnist' if several_datasets else ''} if at "
+             "hand or reachable, else glyphs")
         flag("--data-dir", default=os.environ.get("MNIST_DATA_DIR") or "data",
              help="torchvision's layout")
         flag("--out-dir", default="results", help="run folders and reports are written below it")

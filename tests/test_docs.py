@@ -12,13 +12,14 @@ import pytest
 from conftest import ROOT
 
 import common
+import gan_vs_vae
 import imbalance_study
 import latent_opt
 import vae_mnist
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SCRIPTS = {"imbalance_study.py": imbalance_study, "latent_opt.py": latent_opt,
-           "vae_mnist.py": vae_mnist}
+           "gan_vs_vae.py": gan_vs_vae, "vae_mnist.py": vae_mnist}
 TEXTS = {"README.md": README, **{name: script.__doc__ for name, script in SCRIPTS.items()}}
 COMMANDS = [(where, line.split("#")[0].strip().split("python ")[-1])
             for where, text in TEXTS.items() for line in text.splitlines()
