@@ -654,10 +654,12 @@ def section(root: Path, cell: dict, models: dict[str, list], stem: str) -> list[
                   "corrects for confusion among real images; it cannot correct for blends that no "
                   "real image resembles. The least clear samples called rare:",
                   *[picture(m, "rare_least_clear.png") for m in unclear]]
-    lift_figure(root / f"{stem}_lift.png", models, head)
-    histogram_figure(root / f"{stem}_classes.png", models, head)
     ablation_figure(root / f"{stem}_ablation.png", models)
-    lines += [f"![Lift with 95 % intervals]({stem}_lift.png)", "### The ablation",
+    histogram_figure(root / f"{stem}_classes.png", models, head)
+    if head:
+        lift_figure(root / f"{stem}_lift.png", models, head)
+        lines.append(f"![Lift with 95 % intervals]({stem}_lift.png)")
+    lines += ["### The ablation",
               f"![Every model with every sampler]({stem}_ablation.png)",
               "Rows differ in the model, columns in the sampler alone. AE + local and λ = 0 + "
               "local are the fair baselines of the geometry. The codes of a VAE are its posterior "

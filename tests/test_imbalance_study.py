@@ -4,6 +4,8 @@
 """
 
 import math
+import re
+import sys
 
 import numpy as np
 import pytest
@@ -303,6 +305,39 @@ def test_another_configuration_and_a_corrupt_checkpoint_are_refused(tmp_path):
         study.main(argv)
     assert (folder / "best_model.pt").read_bytes() == kept
     assert study.main([*argv, "--fresh"])
+
+
+def test_nothing_is_written_or_lost_when_something_is_wrong(tmp_path, monkeypatch, capsys):
+    argv = [*SMOKE, "--model", "ae", "--sampler", "prior", "--out-dir", str(tmp_path)]
+    study.main(argv)
+    root = tmp_path / "imbalance_study/glyphs"
+    folder = root / "ae_digit9_2pct/seed_0"
+    before = {f.name: f.read_bytes() for f in folder.iterdir()}
+    with pytest.raises(common.UserError, match="measured on 2000 samples, not 2100"):
+        study.main([*argv, "--samples", "2100"])
+    with pytest.raises(common.UserError, match=r"lr = 0\.002, not 0\.5"):
+        study.main([*argv, "--model", "vae", "ae", "--lr", "0.5"])
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(common.UserError, match="pip install tensorboard"):
+        study.main([*argv, "--fresh", "--tensorboard"])
+    assert study.main([*argv, "--seeds", "7", "--shard", "5/6"]) == {}
+    assert "no run in shard 5/6" in capsys.readouterr().out
+    assert {f.name: f.read_bytes() for f in folder.iterdir()} == before
+    assert [f.name for f in root.iterdir() if f.is_dir()] == ["ae_digit9_2pct"]
+    (folder / "best_model.pt").unlink()
+    with pytest.raises(common.UserError, match="no weights to measure gaussian"):
+        study.main([*argv, "--sampler", "gaussian"])
+
+
+def test_one_latent_dimension_and_a_common_rare_class(tmp_path):
+    argv = [*SMOKE, "--model", "ae", "--sampler", "local", "--out-dir", str(tmp_path)]
+    metrics = study.main([*argv, "--latent-dim", "1", "--rare-ratio", "0.5"])
+    assert metrics["ae_digit9_50pct/seed_0"]["n_train_rare"] == 500
+    study.main([*argv, "--rare-digit", "3"])  # a second section in the same report
+    text = (tmp_path / "imbalance_study/glyphs/report.md").read_text()
+    assert "## Digit 9 at 50 %" in text and "## Digit 3 at 2 %" in text
+    assert all((tmp_path / "imbalance_study/glyphs" / name).exists()
+               for name in re.findall(r"\]\(([^)]+)\)", text))
 
 
 def test_a_process_from_another_folder_and_an_unwritable_one(tmp_path):
