@@ -34,7 +34,7 @@ def few_samples(monkeypatch):
 @pytest.mark.parametrize(("arch", "hidden", "d", "count"), [
     ("mlp", [500], 20, 815_824), ("mlp", [500], 1, 787_286), ("mlp", [500], 2, 788_788),
     ("mlp", [500], 64, 881_912), ("mlp", [500, 500], 20, 1_316_824),
-    ("mlp", [200, 200], 50, 425_284)])
+    ("mlp", [200, 200], 50, 425_284), ("conv", [], 20, 1_340_777), ("conv", [], 64, 1_374_657)])
 def test_the_published_nets_have_their_parameters(arch, hidden, d, count):
     model = study.VAE({"arch": arch, "hidden": hidden, "latent_dim": d})
     assert sum(w.numel() for w in model.parameters()) == count
