@@ -105,11 +105,11 @@ def number(kind: type, low: float, high: float = math.inf, above: bool = False):
     return parse
 
 
-def shard(text: str) -> tuple[int, int]:
-    """An argparse type: 'K/N' with 0 <= K < N."""
+def shard(text: str) -> slice:
+    """An argparse type: 'K/N' with 0 <= K < N, every N-th of a list from the K-th."""
     k, _, n = text.partition("/")
     if k.isdecimal() and n.isdecimal() and int(k) < int(n):
-        return int(k), int(n)
+        return slice(int(k), None, int(n))
     raise argparse.ArgumentTypeError(f"{text!r} is not K/N with 0 <= K < N, such as 0/4")
 
 
@@ -118,7 +118,8 @@ def guard(main) -> None:
     130.
     """
     try:
-        return main() and None
+        main()
+        return
     except UserError as error:
         message, status = f"error: {error}", 2
     except OSError as error:  # a disk that is full, a folder that cannot be written
@@ -550,7 +551,7 @@ def open_runs(folders: Sequence[Path], configs: Sequence[dict], args) -> None:
     what the flags ask for is installed. Raises UserError. An empty --shard is said.
     """
     if not folders:
-        print(f"no run in shard {args.shard[0]}/{args.shard[1]}")
+        print(f"no run in shard {args.shard.start}/{args.shard.step}")
     if args.tensorboard:
         summary_writer(None)
     for folder, config in zip(folders, configs, strict=True):
@@ -602,6 +603,15 @@ def save_epoch(folder: Path, config: dict, history: list[dict], parts: dict, bes
         print(" ".join(f"{k}={v:.4g}" for k, v in row.items()), file=log)
     for key, value in row.items() if board else ():
         board.add_scalar(key, value, row["epoch"])
+
+
+def write_reports(report, base: Path, dataset: str | None) -> dict:
+    """Call `report(folder)` for the dataset's folder, or without a name for each that is there."""
+    roots = [base / d for d in ([dataset] if dataset else DATASETS)]
+    for root in [r for r in roots if r.exists()] or roots[:1]:
+        report(root)
+        print(f"report: {root / 'report.md'}")
+    return {}
 
 
 def finished_runs(root: Path) -> list[dict]:

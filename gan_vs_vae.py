@@ -866,8 +866,8 @@ def main(argv=None) -> dict:
         print(f"report: {base / 'report.md'}")
         return {}
     device = common.pick_device(args.device)
-    datas, k_n = {data.name: data for data in load(args)}, args.shard
-    runs = grid(args, list(datas))[k_n[0]::k_n[1]]
+    datas = {data.name: data for data in load(args)}
+    runs = grid(args, list(datas))[args.shard]
     parts = [split(datas[c["dataset"]], c) for c in runs]
     folders = [base / c["dataset"] / variant(c) / f"seed_{c['seed']}" for c in runs]
     common.open_runs(folders, runs, args)

@@ -903,15 +903,9 @@ def main(argv=None) -> dict:
     args = parse_args(argv)
     base = Path(args.out_dir) / "imbalance_study"
     if args.report_only:
-        roots = [base / d for d in ([args.dataset] if args.dataset else common.DATASETS)]
-        for root in [r for r in roots if r.exists()] or roots[:1]:
-            report(root)
-            print(f"report: {root / 'report.md'}")
-        return {}
-    device = common.pick_device(args.device)
-    data = common.load_data(args.dataset, args.data_dir)
-    k, n = args.shard
-    runs = grid(args, data.name)[k::n]
+        return common.write_reports(report, base, args.dataset)
+    device, data = common.pick_device(args.device), common.load_data(args.dataset, args.data_dir)
+    runs = grid(args, data.name)[args.shard]
     root, parts = base / data.name, [split(data, config) for config in runs]
     folders = [root / variant(c) / f"seed_{c['seed']}" for c in runs]
     common.open_runs(folders, runs, args)
@@ -927,8 +921,7 @@ def main(argv=None) -> dict:
             config, args, data, part, model, history, classifier, folder, device, metrics[name],
             todo)
     if runs:
-        report(root)
-        print(f"report: {root / 'report.md'}")
+        common.write_reports(report, base, data.name)
     return metrics
 
 

@@ -907,15 +907,9 @@ def main(argv=None) -> dict:
     args = parse_args(argv)
     base = Path(args.out_dir) / "latent_opt"
     if args.report_only:
-        roots = [base / d for d in ([args.dataset] if args.dataset else common.DATASETS)]
-        for root in [r for r in roots if r.exists()] or roots[:1]:
-            report(root)
-            print(f"report: {root / 'report.md'}")
-        return {}
-    device = common.pick_device(args.device)
-    data = common.load_data(args.dataset, args.data_dir)
-    k, n = args.shard
-    runs = grid(args, data.name)[k::n]
+        return common.write_reports(report, base, args.dataset)
+    device, data = common.pick_device(args.device), common.load_data(args.dataset, args.data_dir)
+    runs = grid(args, data.name)[args.shard]
     root, parts = base / data.name, [split(data, config, args.test_images) for config in runs]
     folders = [root / variant(c) / f"seed_{c['seed']}" for c in runs]
     common.open_runs(folders, runs, args)
@@ -936,8 +930,7 @@ def main(argv=None) -> dict:
         metrics[name] = evaluate(config, args, data, part, trained, real, classifier, folder,
                                  device)
     if runs:
-        report(root)
-        print(f"report: {root / 'report.md'}")
+        common.write_reports(report, base, data.name)
     return metrics
 
 
