@@ -526,13 +526,15 @@ def figures_of_training(config: dict, folder: Path, history: list, z: Tensor, y:
     """losses.png and tsne.png (codes z of validation images with labels y)."""
     from sklearn.manifold import TSNE  # a second to import
 
-    titles = {"loss": "loss (nats per image)", "reconstruction": "reconstruction (nats per image)"}
+    titles = {"reconstruction": "reconstruction (nats per image)"}  # the whole loss of an AE
     if config["model"] != "ae":
+        titles = {"loss": "loss (nats per image)", **titles}
         titles["code"] = "β · KL (nats)" if config["model"] == "vae" else "γ |z|² / 2 (nats)"
     if config.get("geometry"):
         titles["distortion"] = "distortion"
     figure = Figure(figsize=(3.6 * len(titles), 3))
-    for axes, (key, title) in zip(figure.subplots(1, len(titles)), titles.items(), strict=True):
+    places = figure.subplots(1, len(titles), squeeze=False)[0]
+    for axes, (key, title) in zip(places, titles.items(), strict=True):
         for which in ["train", "val"]:
             axes.plot([row["epoch"] for row in history], [row[f"{which}_{key}"] for row in history],
                       ".-", label=which)

@@ -52,34 +52,81 @@ def imbalance_table() -> str:
                          "rare coverage / real", f"FID (floor {floor})", "copying"], rows)
 
 
-def imbalance_expect() -> str:
-    runs = imbalance_runs()["ga-ae"]
-    show = lambda key: common.mean_std([r["metrics"]["samplers"]["local"][key] for r in runs])
+def vae_runs() -> dict[str, list]:
+    return vae_mnist.by_configuration(
+        common.finished_runs(ROOT / "results/published/vae_mnist/mnist"))
+
+
+def vae_table() -> str:
+    """The README's table: a row per configuration, of optimisers and rates the best."""
+    groups, rows, seen = vae_runs(), [], set()
+    show = lambda rs, *keys, digits=2: common.mean_std(vae_mnist.get(rs, *keys), digits)
+    for v in sorted(groups, key=lambda v: np.mean(vae_mnist.get(groups[v], "validation", "loss"))):
+        rs = groups[v]
+        c, key = rs[0]["config"], vae_mnist.all_but(rs[0]["config"], "optimizer", "lr")
+        if key in seen:
+            continue
+        seen.add(key)
+        grey = c["binarize"] == "none"
+        objective = f"IWAE, k = {c['k']}" if c["objective"] == "iwae" else "ELBO"
+        rows.append([
+            vae_mnist.network(c), c["latent_dim"], "grey" if grey else "binarised", objective,
+            len(rs), show(rs, "validation", "loss"), show(rs, "negative_elbo"),
+            "–" if grey else show(rs, "likelihood", "nll"),
+            vae_mnist.PUBLISHED.get(vae_mnist.variant(c).rsplit("_", 2)[0], "–"),
+            show(rs, "active_units", digits=0), show(rs, "fid")])
+    runs = [r for rs in groups.values() for r in rs]
+    floor, entropy = (np.mean(vae_mnist.get(runs, k)) for k in ["fid_floor", "pixel_entropy"])
+    rows.sort(key=lambda row: (row[2], row[0], row[1], row[3]))
+    return common.table(["net", "d", f"pixels (floor of grey {entropy:.2f})", "objective", "n",
+                         "validation", "−ELBO", "NLL", "published", "active units",
+                         f"FID (floor {floor:.2f})"], rows)
+
+
+def expect(found: str, runs: list) -> str:
+    """A docstring's line: what was found, on what, how long a run took."""
     minutes = np.mean([r["metrics"]["seconds_train"] for r in runs]) / 60
     e = runs[0]["metrics"]["environment"]
-    return (f"Expect: ga-ae calibrated lift {show('calibrated_lift')}, FID {show('fid')} "
-            f"(n={len(runs)});\n{minutes:.0f} min to train a run; {e['device']}, "
+    return (f"Expect: {found} (n={len(runs)});\n{minutes:.0f} min to train a run; {e['device']}, "
             f"torch {e['torch']}.")
 
 
-def regenerated(text: str, name: str, new: str) -> str:
-    """The text with what stands between a name's two markers replaced."""
-    return re.sub(f"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)",
-                  lambda m: m[1] + new + m[2], text, flags=re.S)
+def imbalance_expect() -> str:
+    runs = imbalance_runs()["ga-ae"]
+    show = lambda key: common.mean_std([r["metrics"]["samplers"]["local"][key] for r in runs])
+    return expect(f"ga-ae calibrated lift {show('calibrated_lift')}, FID {show('fid')}", runs)
+
+
+def vae_expect() -> str:
+    runs = vae_runs()["mlp500_z20_dynamic_adam_0.001"]
+    show = lambda *keys: common.mean_std(vae_mnist.get(runs, *keys))
+    return expect(f"20-D, 500 units: −ELBO {show('negative_elbo')}, "
+                  f"NLL {show('likelihood', 'nll')} nats", runs)
+
+
+TABLES = {"imbalance": imbalance_table, "vae": vae_table}
+EXPECT = {"imbalance_study.py": imbalance_expect, "vae_mnist.py": vae_expect}
 
 
 def current() -> dict[str, str]:
     """Every file that holds published numbers, as it should be."""
-    study = (ROOT / "imbalance_study.py").read_text(encoding="utf-8")
-    return {"README.md": regenerated(README, "imbalance", imbalance_table()),
-            "imbalance_study.py": re.sub(
-                r"^Expect: .*?\n\n", imbalance_expect() + "\n\n", study, flags=re.M | re.S)}
+    readme = README
+    for name, table in TABLES.items():
+        readme, found = re.subn(f"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)",
+                                lambda m, new=table(): m[1] + new + m[2], readme, flags=re.S)
+        assert found == 1, f"README has no place for {name}"
+    files = {"README.md": readme}
+    for name, line in EXPECT.items():
+        files[name], found = re.subn(
+            r"^Expect: .*?\n\n", line() + "\n\n", (ROOT / name).read_text(encoding="utf-8"),
+            flags=re.M | re.S)
+        assert found == 1, f"{name} has no Expect: line"
+    return files
 
 
-@pytest.mark.parametrize("name", ["README.md", "imbalance_study.py"])
+@pytest.mark.parametrize("name", ["README.md", *EXPECT])
 def test_published_numbers_are_those_of_the_json(name):
     text = (ROOT / name).read_text(encoding="utf-8")
-    assert "Expect: " in text or "<!-- /imbalance -->" in text
     assert text == current()[name], "python tests/test_docs.py writes them anew"
 
 
