@@ -112,8 +112,9 @@ def current() -> dict[str, str]:
     """Every file that holds published numbers, as it should be."""
     readme = README
     for name, table in TABLES.items():
+        new = table().replace("\\", r"\\")
         readme, found = re.subn(f"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)",
-                                lambda m, new=table(): m[1] + new + m[2], readme, flags=re.S)
+                                rf"\g<1>{new}\g<2>", readme, flags=re.S)
         assert found == 1, f"README has no place for {name}"
     files = {"README.md": readme}
     for name, line in EXPECT.items():
