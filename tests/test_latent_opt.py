@@ -25,7 +25,6 @@ def few_steps(request, monkeypatch):
     """Whole runs need not infer well."""
     if "tmp_path" in request.fixturenames:
         monkeypatch.setattr(study, "INFERENCE_STEPS", 40)
-        monkeypatch.setattr(study, "MODE_STEPS", 20)
 
 
 class Linear(nn.Module):
@@ -149,6 +148,9 @@ def test_inference_leaves_the_decoder_and_depends_on_no_batch_mate():
     together = study.infer(decoder, x, zero, zero, 0.4, steps=40)
     alone = study.infer(decoder, x[2:3], zero[:1], zero[:1], 0.4, steps=40)
     for a, b in zip(together, alone, strict=True):
+        assert torch.allclose(a[2:3], b, atol=1e-3)
+    few = (study.laplace(decoder, x[i], zero[i], 0.4) for i in [slice(None), slice(2, 3)])
+    for a, b in zip(*few, strict=True):
         assert torch.allclose(a[2:3], b, atol=1e-3)
     assert all(torch.equal(v, before[k]) for k, v in decoder.state_dict().items())
     with pytest.raises(AssertionError, match="eval mode"):
