@@ -290,8 +290,9 @@ class VaeGan:
         loss_d = (d_loss("hinge", self.D_z(z_real), self.D_z(z_fake))
                   + d_loss("hinge", real_logits, fake_logits))
         step_of(self.optimizers["optimizer_D"], loss_d)
-        losses, z_fake = elbo_losses(self.E, self.G, x), self.H(noise())
+        z_fake = self.H(noise())
         loss_h = g_loss("hinge", self.D_z(z_fake)) + g_loss("hinge", self.D_x(self.G(z_fake)))
+        losses = elbo_losses(self.E, self.G, x) if self.stage == 2 else loss_h.new_zeros(3)
         norm = step_of(self.optimizers["optimizer"], losses[0] + ADVERSARIAL * loss_h)
         return torch.cat([losses, torch.stack([
             norm, loss_d, loss_h, (real_logits > 0).float().mean(),
@@ -496,7 +497,7 @@ def figures(config: dict, folder: Path, history: list, metrics: dict, data, syst
     figure = Figure(figsize=(11, 3))
     places = figure.subplots(1, 1 + sum(map(bool, shown)))
     for axes, keys in zip(places, [*filter(None, shown), ["val_fid"]], strict=True):
-        for key in keys:  # a hybrid's discriminators have no loss in its first stage
+        for key in keys:  # a hybrid has no discriminators in stage 1, and no ELBO to lower in 2
             axes.plot([h["epoch"] for h in history], [h[key] or math.nan for h in history], ".-",
                       label=key)
         axes.set(xlabel="epoch")
@@ -731,7 +732,7 @@ def plots(base: Path, groups: dict, datasets: list) -> list[str]:
                           textcoords="offset points")
         real = next(iter(of.values()))[0]["metrics"]["scale"]["real"]
         axes.plot(real["recall"], real["precision"], "kP", label="real images")
-        axes.set(xlabel="recall", ylabel="precision")
+        axes.set(xlabel="recall", ylabel="precision", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
         axes.legend(fontsize=8)
 
     panels("gan_loss_comparison", ["gan"], losses, ["d_loss", "g_loss"])
