@@ -22,8 +22,8 @@ Differences from the source project:
  5. Samples are decoder means: pixel noise of 0.4 would drown them.
 
 References: Kingma and Welling 2014, arXiv:1312.6114; Bojanowski et al. 2018, arXiv:1707.05776
-(latent optimisation); Cremer et al. 2018, arXiv:1801.03558 (the two gaps); Tipping and Bishop 1999
-(probabilistic PCA).
+(latent optimisation); Cremer et al. 2018, arXiv:1801.03558 (the two gaps); Khan et al.
+2018, arXiv:1806.04854 (the curvature of the proposal); Tipping and Bishop 1999 (probabilistic PCA).
 """
 
 import math
@@ -390,84 +390,19 @@ def elbo(decoder, x: Tensor, mu: Tensor, logvar: Tensor, sigma: float,
     return total / samples
 
 
-@torch.no_grad()
-def laplace(decoder, x: Tensor, mu: Tensor, sigma: float, widen: float = 1.2, rounds: int = 3,
-            codes: int = 8, directions: int = 40) -> tuple[Tensor, Tensor]:
-    """A Gaussian proposal for p(z | x): its mean, (B, d), and the Cholesky factor of its precision,
-    (B, d, d), from the mean mu (B, d) of the best diagonal q.
-
-    The precision is I + E[J^T J] / (widen sigma^2) with the decoder's Jacobian J (generalised
-    Gauss-Newton): always positive definite, and wider than the posterior only where the image
-    informs the code. A Laplace approximation takes J at the mode; here it is averaged over codes
-    of the Gaussian itself, and the mean follows the averaged gradient, which is exact for a linear
-    decoder too and made the median effective sample size on validation images four times larger.
-    Only the `directions` of the largest curvature are averaged, the rest stays as at mu. An image's
-    result does not depend on its batch-mates. Source: Khan et al. 2018, arXiv:1806.04854
-    (variational online Gauss-Newton).
+def log_px(decoder, x: Tensor, mu: Tensor, sigma: float, k: int) -> tuple[Tensor, Tensor]:
+    """log p(x) of each image by importance sampling around the mean mu (B, d) of its best q, and
+    the effective sample size: (B,) float64 on the CPU each.
     """
-    g, d, means, factors = common.generator("proposal"), mu.shape[1], [], []
-    noise = torch.randn(rounds, codes // 2, d, generator=g, dtype=mu.dtype).to(x.device)
-    noise = torch.cat([noise, -noise], 1).mT  # (rounds, d, S), the same for all images
-    eye, vmap = torch.eye(d, device=x.device, dtype=mu.dtype), torch.func.vmap
-    one = lambda code: decoder(code[None]).flatten()
-    jacobian = vmap(torch.func.jacfwd(one))
-    along = vmap(lambda code, basis: vmap(
-        lambda v: torch.func.jvp(one, (code,), (v,))[1], 1, 1)(basis))  # J times the basis
-    for m, image in zip(mu.split(20), x.split(20), strict=True):
-        j = jacobian(m)  # (B, 784, d)
-        curvature = j.mT @ j / sigma**2
-        basis = torch.linalg.eigh(curvature)[1][..., -directions:]  # (B, d, r)
-        rest = curvature - basis @ (basis.mT @ curvature @ basis) @ basis.mT
-        for t in range(rounds):
-            factor = torch.linalg.cholesky(eye + curvature)
-            away = torch.linalg.solve_triangular(
-                factor.mT, noise[t].expand(len(m), -1, -1), upper=True)  # (B, d, S)
-            z = (m[..., None] + away).mT.flatten(0, 1)  # (B S, d)
-            jv = along(z, basis.repeat_interleave(codes, 0)).reshape(
-                len(m), -1, basis.shape[2])  # (B, S 784, r)
-            x_hat, pull = torch.func.vjp(decoder, z)
-            gradient = pull((image.repeat_interleave(codes, 0) - x_hat) / sigma**2)[0]
-            gradient = gradient.view(len(m), codes, d).mean(1) - m  # the noise is symmetric
-            rate = (t + 1) ** -0.5
-            new = rest + basis @ (jv.mT @ jv / codes / sigma**2) @ basis.mT
-            curvature = (1 - rate) * curvature + rate * new
-            m = m + rate * torch.linalg.solve(eye + curvature, gradient[..., None])[..., 0]
-        means.append(m)
-        factors.append(torch.linalg.cholesky(eye + curvature / widen))
-    return torch.cat(means), torch.cat(factors)
-
-
-@torch.no_grad()
-def importance_sampling(decoder, x: Tensor, mean: Tensor, factor: Tensor, sigma: float, k: int,
-                        prior: float = 0.1) -> tuple[Tensor, Tensor]:
-    """log p(x) and the effective sample size of each image, (B,) float64 on the CPU each.
-
-    Proposal: N(mean, (L L^T)^-1) for the factor L, with a share `prior` of codes from N(0, I), the
-    same for all images, weighed as a mixture with those very shares. A lower bound in expectation,
-    loose where the effective sample size is small.
-    """
-    g, d = common.generator("importance"), mean.shape[1]
-    n_prior = round(prior * k)
-    half_log = 0.5 * d * math.log(2 * math.pi)
-    z_prior = torch.randn(n_prior, d, generator=g, dtype=mean.dtype).to(x.device)
-    x_prior = decoder(z_prior) if n_prior else x[:0]
-    found, sizes = [], []
-    for image, m, lower in zip(x, mean, factor, strict=True):
-        noise = torch.randn(k - n_prior, d, generator=g, dtype=m.dtype).to(x.device)
-        near = m + torch.linalg.solve_triangular(lower.T, noise.T, upper=True).T
-        z = torch.cat([z_prior, near])  # (k, d)
-        log_prior = -0.5 * z.square().sum(1) - half_log
-        log_q = (-0.5 * ((z - m) @ lower).square().sum(1) - half_log
-                 + lower.diagonal().log().sum())
-        if n_prior:
-            log_q = torch.logaddexp(log_q + math.log(1 - n_prior / k),
-                                    log_prior + math.log(n_prior / k))
-        log_px = torch.cat([log_likelihood(x_prior, image[None], sigma), *[
-            log_likelihood(decoder(c), image[None], sigma) for c in near.split(2500)]])
-        log_w = (log_px + log_prior - log_q).cpu().double()
-        found.append(log_w.logsumexp(0) - math.log(k))
-        sizes.append((2 * log_w.logsumexp(0) - (2 * log_w).logsumexp(0)).exp())
-    return torch.stack(found), torch.stack(sizes)
+    found = []
+    for c, m in zip(x.split(20), mu.split(20), strict=True):
+        proposal = common.laplace(lambda z: decoder(z).flatten(1), c.flatten(1), m,
+                                  lambda x_hat, x: (x - x_hat) / sigma**2,
+                                  lambda x_hat: torch.full_like(x_hat, 1 / sigma**2))
+        log_likelihood_of = lambda z, c=c: log_likelihood(
+            decoder(z.flatten(0, 1)), c.repeat(len(z), 1, 1, 1), sigma).view(z.shape[:2])
+        found.append(common.importance_sampling(log_likelihood_of, *proposal, k))
+    return tuple(map(torch.cat, zip(*found, strict=True)))
 
 
 def in_chunks(f, x: Tensor, device) -> Tensor:
@@ -486,8 +421,8 @@ def measure(decoder, start, x: Tensor, sigma: float, k: int) -> dict[str, Tensor
     q = infer(decoder, x, *start, sigma)
     optimised = elbo(decoder, x, *q, sigma)  # on the CPU: the clock waits for the device
     seconds = time.perf_counter() - began
-    log_px, ess = importance_sampling(decoder, x, *laplace(decoder, x, q[0], sigma), sigma, k)
-    return {"start": elbo(decoder, x, *start, sigma), "elbo": optimised, "log_px": log_px,
+    value, ess = log_px(decoder, x, q[0], sigma, k)
+    return {"start": elbo(decoder, x, *start, sigma), "elbo": optimised, "log_px": value,
             "ess": ess, "mu": q[0], "seconds": torch.tensor(seconds)}
 
 

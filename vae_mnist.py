@@ -25,8 +25,9 @@ Differences from the papers and the two source projects:
  4. 5,000 of the 60,000 training images are for validation, and test images are scored once.
 
 References: Kingma and Welling 2014, arXiv:1312.6114; Burda et al. 2016, arXiv:1509.00519 (IWAE,
-active units, the 2 x 200 net); He et al. 2016, arXiv:1603.05027 (residual blocks); White 2016,
-arXiv:1609.04468 (spherical interpolation); Duchi et al. 2011 (Adagrad).
+active units, the 2 x 200 net); Khan et al. 2018, arXiv:1806.04854 (the curvature of the proposal);
+He et al. 2016, arXiv:1603.05027 (residual blocks); White 2016, arXiv:1609.04468 (spherical
+interpolation); Duchi et al. 2011 (Adagrad).
 """
 
 import itertools
@@ -303,37 +304,6 @@ def losses_in_chunks(model: VAE, x: Tensor, config: dict) -> list[float]:
 
 
 @torch.no_grad()
-def importance_sampling(log_px, mu: Tensor, logvar: Tensor, k: int, rows: int = 5000) -> dict:
-    """log p(x), the ELBO and the effective sample size of B images, (B,) float64 on the CPU each.
-
-    `log_px` maps codes (K, B, d) to log p(x | z), (K, B); mu, logvar (B, d) are q(z | x). Of the k
-    codes, a multiple of 10, 70 % are from q, 20 % from q with twice its deviations and 10 % from
-    the prior, and all are weighed by that mixture: where q is right that costs 30 % of the sample,
-    and where q is too narrow it finds the modes that q would miss. At most `rows` images are
-    decoded at a time. A lower bound in expectation; a small effective sample size says it may be
-    loose. Source: Veach and Guibas 1995 (balance heuristic); Hesterberg 1995 (defensive mixtures).
-    """
-    shares, wide = torch.tensor([0.7, 0.2, 0.1]), logvar + 2 * math.log(2)
-    q = [(mu, logvar), (mu, wide), (torch.zeros_like(mu), torch.zeros_like(mu))]
-    log_w, bound = [], []
-    size = max(10, rows // len(mu) // 10 * 10)  # every part holds the mixture's exact shares
-    for done in range(0, k, size):
-        counts = (shares * min(size, k - done)).round().int().tolist()
-        z = torch.cat([m + (0.5 * v).exp() * torch.randn(n, *mu.shape, device=mu.device,
-                                                         dtype=mu.dtype)
-                       for n, (m, v) in zip(counts, q, strict=True)])
-        log_q = torch.stack([-0.5 * ((z - m).square() / v.exp() + v).sum(-1) for m, v in q])
-        joint = log_px(z) - 0.5 * z.square().sum(-1)  # the constants of p(z) and q(z | x) cancel
-        mixture = (log_q.cpu().double() + shares.double().log().view(3, 1, 1)).logsumexp(0)
-        log_w.append(joint.cpu().double() - mixture)
-        bound.append((joint - log_q[0])[:counts[0]].cpu().double())
-    log_w, bound = torch.cat(log_w), torch.cat(bound)
-    assert len(log_w) == k, "k is a multiple of 10"
-    return {"log_px": log_mean(log_w), "elbo": bound.mean(0),
-            "ess": (2 * log_w.logsumexp(0) - (2 * log_w).logsumexp(0)).exp()}
-
-
-@torch.no_grad()
 def quadrature(decoder, x: Tensor, d: int, reach: float, points: int) -> tuple[Tensor, dict]:
     """Exact log p(x) of images x (B, P) for d = 1 or 2, (B,) float64, and two checks of it.
 
@@ -415,12 +385,16 @@ def estimate_likelihood(model: VAE, x: Tensor, d: int, negative_elbo: float) -> 
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")  # TF32 would round logits by more than 0.05 nats
     parts = []
-    for c in x.split(100):
-        log_px = lambda z, c=c: log_likelihood(model.decoder, z, c.flatten(1))
+    for c in x.flatten(1).split(100):
+        log_px = lambda z, c=c: log_likelihood(model.decoder, z, c)
         with torch.no_grad():
-            q = model.encode(c)
-        parts.append({"sigma": (0.5 * q[1]).exp().cpu(), "mu": q[0].cpu(),
-                      **importance_sampling(log_px, *q, IMPORTANCE_SAMPLES)})
+            mu, logvar = model.encode(c.view(-1, 1, 28, 28))
+            bound = [log_weights(log_px, mu, logvar, 50).mean(0).cpu().double() for _ in range(20)]
+        proposal = common.laplace(model.decoder, c, mu, lambda logits, x: x - logits.sigmoid(),
+                                  lambda logits: logits.sigmoid() * (-logits).sigmoid())
+        value, ess = common.importance_sampling(log_px, *proposal, IMPORTANCE_SAMPLES)
+        parts.append({"sigma": (0.5 * logvar).exp().cpu(), "mu": mu.cpu(), "log_px": value,
+                      "ess": ess, "elbo": torch.stack(bound).mean(0)})
     found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     gap = found["log_px"] - found["elbo"]
     results = {
