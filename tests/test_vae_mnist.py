@@ -3,6 +3,7 @@
     pytest tests/test_vae_mnist.py
 """
 
+import copy
 import itertools
 import math
 
@@ -135,6 +136,10 @@ def test_elbo_iwae_and_exact_are_in_order(trained):
     assert found["exact_subset"] == pytest.approx(-exact.mean().item(), abs=0.01)
     assert found["gap"] == pytest.approx((exact - bounds[0]).mean().item(), abs=0.1)
     assert 50 < found["ess_median"] <= 5000
+    lost = copy.deepcopy(model)  # an encoder that says the same of every image
+    lost.encoder[-1].weight.zero_()
+    again = study.estimate_likelihood(lost, x, 2, 0.0)
+    assert again["nll_subset"] == pytest.approx(-exact.mean().item(), abs=0.2)
     torch.manual_seed(1)  # the closed-form KL and the sampled one agree
     total = np.mean([study.losses_in_chunks(model, x, CONFIG)[0] for _ in range(200)])
     assert total == pytest.approx(-bounds[0].mean().item(), abs=0.1)
@@ -210,7 +215,7 @@ def test_runs_end_to_end_and_the_report_is_made_of_the_json(tmp_path):
         assert (root / f"mlp32_z1_grey_adam_0.001/seed_0/{name}.png").stat().st_size > 2000
     assert (root / "mlp32_z2_grey_adam_0.001/seed_0/decoded_plane.png").exists()
     text = (root / "report.md").read_text()
-    for words in ["adam 0.001 against adagrad 0.001", "by validation loss: 1e-06", "at n=2",
+    for words in ["adam 0.001 against adagrad 0.001", "by validation loss (n=1): 1e-06", "at n=2",
                   "iwae 5 against elbo 1:", "95 % interval", "Is the estimate right?"]:
         assert words in text
     before = (root / "report.md").read_bytes()
