@@ -384,7 +384,8 @@ def estimate_likelihood(model: VAE, x: Tensor, d: int, negative_elbo: float) -> 
     began = time.perf_counter()
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")  # TF32 would round logits by more than 0.05 nats
-    parts, z = [], torch.randn(4000, d, generator=common.generator("start")).to(x.device)
+    # codes to start from, twice as wide as the prior: those of unusual images lie far out
+    parts, z = [], 2 * torch.randn(4000, d, generator=common.generator("start")).to(x.device)
     with torch.no_grad():
         logits = model.decoder(z)
     for c in x.flatten(1).split(100):
@@ -392,7 +393,7 @@ def estimate_likelihood(model: VAE, x: Tensor, d: int, negative_elbo: float) -> 
         with torch.no_grad():
             mu, logvar = model.encode(c.view(-1, 1, 28, 28))
             bound = [log_weights(log_px, mu, logvar, 50).mean(0).cpu().double() for _ in range(20)]
-            # in few dimensions an unusual image may be encoded far from its best codes
+            # in few dimensions an unusual image may be encoded far from its best code
             joint = c @ logits.T - F.softplus(logits).sum(1) - 0.5 * z.square().sum(1)  # (B, 4000)
             best, at = joint.max(1)
             better = best > log_px(mu[None])[0] - 0.5 * mu.square().sum(1)
