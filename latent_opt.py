@@ -144,7 +144,7 @@ class Decoder(nn.Module):
             nn.Linear(latent_dim, 256), nn.SiLU(), nn.Linear(256, 1568), nn.SiLU(),
             nn.Unflatten(1, (32, 7, 7)),
             nn.ConvTranspose2d(32, 16, 4, stride=2, padding=1), nn.SiLU(),  # (B, 16, 14, 14)
-            # a third faster on two cores than a second transposed convolution
+            # cheaper on a CPU than a second transposed convolution
             nn.Conv2d(16, 4, 3, padding=1), nn.PixelShuffle(2), nn.Sigmoid())
 
     def forward(self, z: Tensor) -> Tensor:
