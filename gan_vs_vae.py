@@ -754,8 +754,9 @@ def effects(gans: dict, measure) -> dict[tuple[str, str], tuple[float, float, in
     cells: dict[tuple, list] = {}
     for runs in pick(gans, None, "gan").values():
         for r in runs:
-            cells.setdefault(tuple(r["config"][k] for k in FACTORS), []).append(
-                math.log(measure(r)))
+            c = r["config"]
+            rest = str({k: v for k, v in c.items() if k not in [*FACTORS, "seed"]})
+            cells.setdefault((*[c[k] for k in FACTORS], rest), []).append(math.log(measure(r)))
     differences = {}
     for i, factor in enumerate(FACTORS):
         values = list(dict.fromkeys(cell[i] for cell in cells))
