@@ -798,6 +798,59 @@ def table(header: Sequence[str], rows: Sequence[Sequence]) -> str:
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
+def by_configuration(runs: list[dict], variant, *measured: str) -> dict[str, list[dict]]:
+    """Runs that differ in the seed alone, by name: variant(config) and, where that is shared, what
+    else differs. Of the metrics, those `measured` (such as a number of samples) must agree too.
+    """
+    groups: dict[str, tuple[dict, list]] = {}
+    for run in runs:
+        same = run["config"] | {key: run["metrics"][key] for key in measured}
+        del same["seed"]
+        groups.setdefault(str(same), (same, []))[1].append(run)
+    named = {}
+    for same, of in groups.values():
+        name = variant(of[0]["config"])
+        alike = [other for other, rs in groups.values() if variant(rs[0]["config"]) == name]
+        own = [f"{k} {v}" for k, v in same.items() if any(other.get(k) != v for other in alike)]
+        named[f"{name} ({', '.join(own)})" if own else name] = of
+    return named
+
+
+def get(runs: list[dict], *keys) -> list:
+    """One metric of every run: get(runs, "validation", "loss")."""
+    found = [run["metrics"] for run in runs]
+    for key in keys:
+        found = [metrics[key] for metrics in found]
+    return found
+
+
+def show(runs: list[dict], *keys, digits: int = 2) -> str:
+    """One metric over the runs' seeds, as `mean_std`."""
+    return mean_std(get(runs, *keys), digits)
+
+
+def same_seeds(a: list[dict], b: list[dict]) -> tuple[list[dict], list[dict]]:
+    """The runs of either whose seed the other has too, in the order of the seeds."""
+    of = [{run["config"]["seed"]: run for run in runs} for runs in (a, b)]
+    seeds = sorted(set(of[0]) & set(of[1]))
+    return [of[0][s] for s in seeds], [of[1][s] for s in seeds]
+
+
+def how_made(groups: dict[str, list[dict]]) -> str:
+    """The last section of every report: a row for runs made alike."""
+    rows: dict[tuple, list] = {}
+    for name, runs in groups.items():
+        for run in runs:
+            c, e = run["config"], run["metrics"]["environment"]
+            rows.setdefault((name, c["epochs"], c["batch_size"], c["lr"], f"`{e['command']}`",
+                             e["commit"], e["device"], e["torch"]), []).append(run)
+    return "## How this was made\n\n" + table(
+        ["run", "epochs", "batch", "rate", "command", "commit", "device", "torch", "seeds",
+         "s to train"],
+        [[*key, " ".join(str(r["config"]["seed"]) for r in rs), show(rs, "seconds_train", digits=0)]
+         for key, rs in rows.items()])
+
+
 def paired(a: Sequence[float], b: Sequence[float], unit: str = "", digits: int = 2) -> str:
     """The mean difference a - b over paired seeds, its 95 % t-interval and what that supports, as
     text.

@@ -38,8 +38,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import common
+from common import get, show
 
 N_VAL = 5000
+HIDDEN = 512  # units after the first layer of generator and decoder
 NOISE_DIM = 32  # of the hybrid's generator of codes
 ADVERSARIAL = 10.0  # nats per unit of the hybrid's discriminators while fine-tuning
 SLACK = 1.05  # a hybrid may lose 5 % of its VAE's reconstruction on validation images
@@ -118,11 +120,13 @@ class Generator(nn.Module):
 
     def __init__(self, d: int):
         super().__init__()
-        self.first = nn.Linear(d, 64 * 7 * 7)
+        self.first = nn.Linear(d, HIDDEN)
         self.trunk = nn.Sequential(
+            nn.BatchNorm1d(HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, 64 * 7 * 7),
             nn.Unflatten(1, (64, 7, 7)), nn.BatchNorm2d(64), nn.ReLU(),
             nn.ConvTranspose2d(64, 32, 4, stride=2, padding=1), nn.BatchNorm2d(32), nn.ReLU(),
-            nn.ConvTranspose2d(32, 1, 4, stride=2, padding=1))  # (B, 32, 14, 14), then logits
+            # (B, 32, 14, 14); four pixels from each place, faster than a transposed convolution
+            nn.Conv2d(32, 4, 3, padding=1), nn.PixelShuffle(2))  # logits (B, 1, 28, 28)
 
     def logits(self, z: Tensor) -> Tensor:
         return self.trunk(self.first(z))
@@ -137,7 +141,8 @@ def convolutions(outputs: int, norm: str = "batch") -> nn.Sequential:
     """
     wrap = nn.utils.parametrizations.spectral_norm if norm == "spectral" else lambda layer: layer
     return nn.Sequential(
-        wrap(nn.Conv2d(1, 32, 4, stride=2, padding=1)), nn.LeakyReLU(0.2),  # (B, 32, 14, 14)
+        nn.PixelUnshuffle(2), wrap(nn.Conv2d(4, 32, 3, padding=1)), nn.LeakyReLU(0.2),
+        # (B, 32, 14, 14)
         wrap(nn.Conv2d(32, 64, 4, stride=2, padding=1)),  # (B, 64, 7, 7)
         *([nn.BatchNorm2d(64)] if norm == "batch" else []), nn.LeakyReLU(0.2), nn.Flatten(),
         wrap(nn.Linear(3136, outputs)))
@@ -186,11 +191,13 @@ def adam(config: dict, *modules: nn.Module) -> torch.optim.Adam:
 
 
 def step_of(optimizer: torch.optim.Optimizer, loss: Tensor) -> Tensor:
-    """One step down the loss; the norm of the gradient. Parameters it does not reach stay."""
+    """One step down the loss; the norm of the gradient. Parameters it does not reach stay, and no
+    gradient of others is computed.
+    """
+    weights = [w for w in optimizer.param_groups[0]["params"] if w.requires_grad]
     optimizer.zero_grad()
-    loss.backward()
-    norm = torch.nn.utils.get_total_norm([
-        w.grad for w in optimizer.param_groups[0]["params"] if w.grad is not None])
+    loss.backward(inputs=weights)
+    norm = torch.nn.utils.get_total_norm([w.grad for w in weights if w.grad is not None])
     optimizer.step()
     return norm
 
@@ -510,35 +517,16 @@ def figures(config: dict, folder: Path, history: list, metrics: dict, data, syst
     common.save_figure(folder / "losses.png", figure)
 
 
-def get(runs: list, *keys: str) -> list:
-    """One metric of every run."""
-    found = [run["metrics"] for run in runs]
-    for key in keys:
-        found = [m[key] for m in found]
-    return found
-
-
-def show(runs: list, *keys: str, digits: int = 2) -> str:
-    return common.mean_std(get(runs, *keys), digits)
-
-
 def all_runs(base: Path) -> dict[str, list]:
     """Finished runs of every dataset by name; runs that differ in more than the seed apart."""
-    groups: dict[tuple, list] = {}
+    runs = []
     for dataset in common.DATASETS:
         for run in common.finished_runs(base / dataset):
-            run["folder"] = Path(dataset) / run["folder"]
-            same = {k: v for k, v in run["config"].items() if k != "seed"}
-            groups.setdefault((str(same), run["metrics"]["n"]), []).append(run)
+            runs.append(run | {"folder": Path(dataset) / run["folder"]})
     order = lambda c: (list(common.DATASETS).index(c["dataset"]), list(SYSTEMS).index(c["model"]),
                        c.get("loss", ""), c.get("z_dim", 0), c.get("latent_dim", 0))
-    named: dict[str, list] = {}
-    for runs in sorted(groups.values(), key=lambda runs: order(runs[0]["config"])):
-        c, title = runs[0]["config"], variant(runs[0]["config"])
-        if title in named:
-            title += f" ({c['epochs']} epochs of {c['train_size']}, {runs[0]['metrics']['n']})"
-        named[title] = runs
-    return named
+    return dict(sorted(common.by_configuration(runs, variant, "n").items(),
+                       key=lambda g: order(g[1][0]["config"])))
 
 
 def pick(groups: dict, dataset: str | None, *models: str) -> dict[str, list]:
@@ -581,11 +569,7 @@ def report(base: Path) -> str:
               answer_stability(gans), "### 2. Mode collapse?", answer_collapse(groups),
               "### 3. How does the latent dimension affect a VAE?", answer_latent(vaes, datasets),
               "### 4. Does the hybrid combine the benefits?", answer_hybrid(groups)]
-    rows = [[name, r["config"]["seed"], r["config"]["epochs"], f"`{e['command']}`", e["commit"],
-             e["device"], e["torch"], f"{r['metrics']['seconds_train']:.0f}"]
-            for name, runs in groups.items() for r in runs for e in [r["metrics"]["environment"]]]
-    lines += ["## How this was made", common.table(
-        ["run", "seed", "epochs", "command", "commit", "device", "torch", "s to train"], rows)]
+    lines.append(common.how_made(groups))
     text = "\n\n".join(lines) + "\n"
     common.save_text(base / "report.md", text)
     return text
@@ -829,11 +813,10 @@ def answer_collapse(groups: dict) -> str:
 
 def paired(what: str, a: list, b: list, *keys: str) -> str:
     """'<what>: <difference a - b over the seeds both have>.'"""
-    of = [{r["config"]["seed"]: r for r in runs} for runs in (a, b)]
-    both = sorted(set(of[0]) & set(of[1]))
-    if not both:
+    a, b = common.same_seeds(a, b)
+    if not a:
         return f"{what}: no seed in common."
-    text = common.paired(*[get([by_seed[s] for s in both], *keys) for by_seed in of])
+    text = common.paired(get(a, *keys), get(b, *keys))
     return f"{what}: {text.rstrip(',')}."
 
 

@@ -598,7 +598,7 @@ def report(root: Path) -> str:
              "and does the geometry of its latent space matter?"]
     for i, key in enumerate(sorted(cells, key=str)):
         parts += section(root, dict(key), cells[key], f"cell{i}_" if i else "")
-    parts.append(made(runs))
+    parts.append(common.how_made(common.by_configuration(runs, variant)))
     text = "\n\n".join(part for part in parts if part) + "\n"
     common.save_text(root / "report.md", text)
     return text
@@ -706,10 +706,8 @@ def met(name: str, found: list[float]) -> bool:
 
 def compared(what: str, a: list, s_a: str, b: list, s_b: str) -> list[str]:
     """A sentence on models and samplers paired by seed, over those both have."""
-    seeds = [{r["config"]["seed"]: r for r in runs if s in r["metrics"]["samplers"]}
-             for runs, s in [(a, s_a), (b, s_b)]]
-    both = sorted(set(seeds[0]) & set(seeds[1]))
-    a, b = ([of[seed] for seed in both] for of in seeds)
+    a, b = common.same_seeds(*[[r for r in runs if s in r["metrics"]["samplers"]]
+                               for runs, s in [(a, s_a), (b, s_b)]])
     said, better, worse = [], [], []
     for name, key, ideal, sign in [
             ("calibrated lift's distance from 1", "calibrated_lift", 1, -1),
@@ -882,20 +880,6 @@ def ablation_figure(path: Path, models: dict) -> None:
         axes.set_title(f"{name} ({'1 is faithful' if ideal else 'lower is better'})", fontsize=10)
     figure.tight_layout()
     common.save_figure(path, figure)
-
-
-def made(runs: list) -> str:
-    """How the numbers were made: a row per variant."""
-    rows = {}
-    for run in runs:
-        c, e = run["config"], run["metrics"]["environment"]
-        rows.setdefault((variant(c), c["epochs"], c["batch_size"], c["lr"], c["latent_dim"],
-                         f"`{e['command']}`", e["commit"], e["device"], e["torch"]),
-                         []).append(c["seed"])
-    return "## How this was made\n\n" + common.table(
-        ["variant", "epochs", "batch", "rate", "d", "command", "commit", "device", "torch",
-         "seeds"],
-        [[*key, " ".join(map(str, seeds))] for key, seeds in rows.items()])
 
 
 # --------------------------------------------------------------------------------------------- main

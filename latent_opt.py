@@ -38,6 +38,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import common
+from common import get
 
 SHOWN_EPOCHS = [1, 5, 10, 20, 30]  # and the last
 INFERENCE_STEPS = 300
@@ -566,6 +567,7 @@ def evaluate(config: dict, args, data, part, trained: dict, real, classifier, fo
                        "encoder": sum(w.numel() for w in trained["vae"][1].parameters()),
                        "latents": table.numel()},
         "classifier": {"accuracy": classifier.accuracy, "sha256": classifier.sha256},
+        "seconds_train": sum(m["seconds_train"] for m in models.values()),
         "seconds_supervised": seconds_supervised,
         "seconds_evaluation": time.perf_counter() - began,
         "environment": common.environment(device)}
@@ -670,33 +672,16 @@ def report(root: Path) -> str:
     name = common.DATASETS[runs[0]["config"]["dataset"]]
     parts = [f"# Amortised inference against latent optimisation on {name}\n\nWhat does an encoder "
              "lose against optimising the latents of every image by themselves?"]
-    groups: dict[tuple, list] = {}
-    for run in runs:
-        same = {k: v for k, v in run["config"].items() if k != "seed"}
-        groups.setdefault((str(same), run["metrics"]["codes"], run["metrics"]["n_test"]),
-                          []).append(run)
+    groups = common.by_configuration(runs, variant, "codes", "n_test")
     for of in groups.values():
         c = of[0]["config"]
         parts += [f"## d = {c['latent_dim']}, σ = {c['sigma']:g}, {c['epochs']} epochs of "
                   f"{c['train_size']:,} images, n={len(of)}", answer(of), gap_room(of),
                   starts_room(of), quality_room(of), digits_room(of), pictures_room(of)]
-    rows = [[r["folder"].as_posix(), f"`{e['command']}`", e["commit"], e["device"], e["torch"],
-             f"{sum(m['seconds_train'] for m in r['metrics']['models'].values()):.0f}",
-             f"{r['metrics']['seconds_evaluation']:.0f}"]
-            for r in runs for e in [r["metrics"]["environment"]]]
-    parts.append("## How this was made\n\n" + common.table(
-        ["run", "command", "commit", "device", "torch", "s to train", "s to evaluate"], rows))
+    parts.append(common.how_made(groups))
     text = "\n\n".join(parts) + "\n"
     common.save_text(root / "report.md", text)
     return text
-
-
-def get(runs: list, *keys) -> list:
-    """One metric of every run."""
-    found = [run["metrics"] for run in runs]
-    for key in keys:
-        found = [m[key] for m in found]
-    return found
 
 
 def show(runs: list, *keys, digits: int = 2, times: float = 1) -> str:

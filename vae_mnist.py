@@ -43,6 +43,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import common
+from common import get, show
 
 IMPORTANCE_SAMPLES = 5000
 PAIRS = 1000  # of test images to interpolate between
@@ -568,7 +569,7 @@ def report(root: Path) -> str:
     runs = common.finished_runs(root)
     if not runs:
         raise common.UserError(f"no finished run in {root}; run without --report-only first")
-    groups = by_configuration(runs)
+    groups = arranged(runs)
     name = common.DATASETS[runs[0]["config"]["dataset"]]
     lines = [f"# Variational autoencoders on {name}\n\nHow good is a VAE, measured by the "
              "likelihood that its bound hides?", answer(groups)]
@@ -590,7 +591,7 @@ def report(root: Path) -> str:
         lines += [f"### {v}, seed {first['config']['seed']}",
                   *[f"![{v}: {f}]({first['folder'].as_posix()}/{f})" for f in files
                     if (root / first["folder"] / f).exists()]]
-    lines.append(made(groups))
+    lines.append(common.how_made(groups))
     text = "\n\n".join(lines) + "\n"
     common.save_text(root / "report.md", text)
     return text
@@ -617,33 +618,16 @@ PUBLISHED = {"mlp500_z20_dynamic": "−ELBO ≈ 100", "mlp200-200_z50_dynamic": 
              "conv_z64_grey": "validation 100.35"}
 
 
-def by_configuration(runs: list) -> dict[str, list]:
-    """Runs that differ in the seed alone, by title: the variant, with more where two share it."""
-    groups: dict[tuple, list] = {}
-    for run in runs:
-        groups.setdefault(all_but(run["config"]), []).append(run)
-    titles = [variant(rs[0]["config"]) for rs in groups.values()]
-    named = {}
-    for rs in groups.values():
-        c, title = rs[0]["config"], variant(rs[0]["config"])
-        if titles.count(title) > 1:
-            title += f" ({c['epochs']} epochs of {c['train_size']}, batch {c['batch_size']})"
-        named[title] = rs
+def arranged(runs: list) -> dict[str, list]:
+    """Runs that differ in the seed alone, by name, alike ones next to each other."""
     order = lambda c: (c["binarize"], c["arch"], c["hidden"], c["latent_dim"], c["objective"])
-    return dict(sorted(named.items(), key=lambda g: (order(g[1][0]["config"]), g[0])))
+    return dict(sorted(common.by_configuration(runs, variant).items(),
+                       key=lambda g: (order(g[1][0]["config"]), g[0])))
 
 
 def all_but(config: dict, *keys: str) -> tuple:
     """What a configuration shares with others that differ in these keys or the seed."""
     return tuple((k, str(v)) for k, v in config.items() if k not in {*keys, "seed"})
-
-
-def get(runs: list, *keys: str) -> list:
-    """One metric of every run."""
-    found = [run["metrics"] for run in runs]
-    for key in keys:
-        found = [m[key] for m in found]
-    return found
 
 
 def answer(groups: dict[str, list]) -> str:
@@ -657,12 +641,12 @@ def answer(groups: dict[str, list]) -> str:
             continue
         best = groups[min(scores, key=scores.get)]
         said.append(f"the lowest {what} of {len(scores)} variants is that of "
-                    f"`{variant(best[0]['config'])}`, {common.mean_std(get(best, *keys))} nats "
+                    f"`{variant(best[0]['config'])}`, {show(best, *keys)} nats "
                     f"(n={len(best)})" + (
-                        f", where the ELBO hides {common.mean_std(get(best, 'likelihood', 'gap'))}"
+                        f", where the ELBO hides {show(best, 'likelihood', 'gap')}"
                         if protocol == "dynamic" else
                         f" at epoch {common.mean_std(get(best, 'best_epoch'), 0)}, test "
-                        f"{common.mean_std(get(best, 'test_loss'))}, floor "
+                        f"{show(best, 'test_loss')}, floor "
                         f"{best[0]['metrics']['pixel_entropy']:.2f}"))
     return "**Answer.** " + "; ".join(said).capitalize().replace("nll", "NLL").replace(
         "elbo", "ELBO") + "."
@@ -670,7 +654,6 @@ def answer(groups: dict[str, list]) -> str:
 
 def results_table(groups: dict[str, list], grey: bool) -> str:
     """A row per configuration."""
-    show = lambda rs, *keys, digits=2: common.mean_std(get(rs, *keys), digits)
     one = lambda rs, key: f"{np.mean(get(rs, key)):.2f}"
     rows = []
     for v, rs in groups.items():
@@ -730,18 +713,17 @@ def comparisons(groups: dict[str, list]) -> list[str]:
 
 def compared(question: str, keys: list[str], a: list, b: list) -> list[str]:
     """One sentence on a against b, over the seeds both have."""
-    by_seed = [{r["config"]["seed"]: r for r in runs} for runs in (a, b)]
-    seeds = sorted(set(by_seed[0]) & set(by_seed[1]))
-    if not seeds:
+    a, b = common.same_seeds(a, b)
+    if not a:
         return []
-    a, b = ([of[s] for s in seeds] for of in by_seed)
     c, other = a[0]["config"], b[0]["config"]
-    show = lambda c: network(c) if keys == ["hidden"] else " ".join(str(c[k]) for k in keys)
+    name = lambda c: network(c) if keys == ["hidden"] else " ".join(str(c[k]) for k in keys)
     where = f"{network(other)}, d = {c['latent_dim']}, {c['binarize']}"
     measures = [("−ELBO", "negative_elbo")] + (
         [("NLL", "likelihood", "nll")] if c["binarize"] != "none" else [])
-    found = [f"{common.paired(get(a, *m[1:]), get(b, *m[1:]))} in {m[0]}" for m in measures]
-    return [f"**{question}** ({where}) {show(c)} against {show(other)}: {', '.join(found)}."]
+    found = [f"{common.paired(get(a, *m[1:]), get(b, *m[1:]))} in {m[0]}"
+             for m in measures]
+    return [f"**{question}** ({where}) {name(c)} against {name(other)}: {', '.join(found)}."]
 
 
 def exact_table(groups: dict[str, list]) -> list[str]:
@@ -770,38 +752,24 @@ def interpolation_table(groups: dict[str, list]) -> list[str]:
     middle = lambda rs, key: [100 * float(np.mean(v[1:-1])) for v in get(rs, "interpolation", key)]
     half = lambda rs, key: [100 * v[len(v) // 2] for v in get(rs, "interpolation", key)]
     ends = lambda rs: [50 * (v[0] + v[-1]) for v in get(rs, "interpolation", "linear")]
-    show = lambda values: common.mean_std(values, 1)
-    rows = [[v, len(rs), show(middle(rs, "linear")), show(half(rs, "linear")),
-             show(middle(rs, "spherical")), show(half(rs, "spherical")), show(ends(rs)),
-             show(middle(rs, "pixels")), show(half(rs, "pixels")),
-             show([100 * s for s in get(rs, "interpolation", "real")])]
+    shown = lambda values: common.mean_std(values, 1)
+    rows = [[v, len(rs), shown(middle(rs, "linear")), shown(half(rs, "linear")),
+             shown(middle(rs, "spherical")), shown(half(rs, "spherical")), shown(ends(rs)),
+             shown(middle(rs, "pixels")), shown(half(rs, "pixels")),
+             shown([100 * s for s in get(rs, "interpolation", "real")])]
             for v, rs in groups.items()]
     best = max(groups.values(), key=lambda rs: np.mean(middle(rs, "linear")))
     verdict = "Almost all are" if np.mean(middle(best, "linear")) >= 95 else "Not almost all"
     return ["## Are almost all intermediate codes meaningful?",
             f"{verdict}, even in the best case, `{variant(best[0]['config'])}`: the classifier is "
-            f"sure (p ≥ 0.9) of {show(middle(best, 'linear'))} % of images decoded from the nine "
-            f"steps between two codes, of {show(half(best, 'linear'))} % half-way, where it is "
-            f"sure of {show(half(best, 'pixels'))} % of mixed pixels.", common.table(
+            f"sure (p ≥ 0.9) of {shown(middle(best, 'linear'))} % of images decoded from the nine "
+            f"steps between two codes, of {shown(half(best, 'linear'))} % half-way, where it is "
+            f"sure of {shown(half(best, 'pixels'))} % of mixed pixels.", common.table(
                 ["run", "n", "linear", "half-way", "spherical", "half-way", "both ends decoded",
                  "pixels mixed", "half-way", "real images"], rows),
             "Share (%) that the metric classifier is sure of, between two test images of "
             f"different classes, {best[0]['metrics']['interpolation']['pairs']:,} pairs; mean of "
             "nine steps, and the one half-way. Mixed pixels near an end are nearly a real image."]
-
-
-def made(groups: dict[str, list]) -> str:
-    """How the numbers were made."""
-    rows: dict[tuple, list] = {}
-    for v, rs in groups.items():
-        for r in rs:
-            c, e = r["config"], r["metrics"]["environment"]
-            rows.setdefault((v, c["epochs"], c["batch_size"], f"`{e['command']}`", e["commit"],
-                             e["device"], e["torch"]), []).append(r)
-    return "## How this was made\n\n" + common.table(
-        ["run", "epochs", "batch", "command", "commit", "device", "torch", "seeds", "s to train"],
-        [[*key, " ".join(str(r["config"]["seed"]) for r in rs),
-          common.mean_std(get(rs, "seconds_train"), 0)] for key, rs in rows.items()])
 
 
 # --------------------------------------------------------------------------------------------- main

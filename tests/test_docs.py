@@ -17,6 +17,7 @@ import gan_vs_vae
 import imbalance_study
 import latent_opt
 import vae_mnist
+from common import get, show
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SCRIPTS = {"imbalance_study.py": imbalance_study, "latent_opt.py": latent_opt,
@@ -53,7 +54,7 @@ def imbalance_table() -> str:
 
 
 def vae_runs() -> dict[str, list]:
-    return vae_mnist.by_configuration(
+    return vae_mnist.arranged(
         common.finished_runs(ROOT / "results/published/vae_mnist/mnist"))
 
 
@@ -62,9 +63,8 @@ def vae_table() -> str:
     seeds, of those the best on validation images.
     """
     groups, rows, seen = vae_runs(), [], set()
-    show = lambda rs, *keys, digits=2: common.mean_std(vae_mnist.get(rs, *keys), digits)
     for v in sorted(groups, key=lambda v: (-len(groups[v]), np.mean(
-            vae_mnist.get(groups[v], "validation", "loss")))):
+            get(groups[v], "validation", "loss")))):
         rs = groups[v]
         c, key = rs[0]["config"], vae_mnist.all_but(rs[0]["config"], "optimizer", "lr")
         if key in seen:
@@ -79,7 +79,7 @@ def vae_table() -> str:
             vae_mnist.PUBLISHED.get(vae_mnist.variant(c).rsplit("_", 2)[0], "–"),
             show(rs, "active_units", digits=0), show(rs, "fid")])
     runs = [r for rs in groups.values() for r in rs]
-    floor, entropy = (np.mean(vae_mnist.get(runs, k)) for k in ["fid_floor", "pixel_entropy"])
+    floor, entropy = (np.mean(get(runs, k)) for k in ["fid_floor", "pixel_entropy"])
     rows.sort(key=lambda row: (row[2], row[0], row[1], row[3]))
     return common.table(["net", "d", f"pixels (floor of grey {entropy:.2f})", "objective", "n",
                          "validation", "−ELBO", "NLL", "published", "active units",
@@ -102,9 +102,8 @@ def imbalance_expect() -> str:
 
 def vae_expect() -> str:
     runs = vae_runs()["mlp500_z20_dynamic_adam_0.001"]
-    show = lambda *keys: common.mean_std(vae_mnist.get(runs, *keys))
-    return expect(f"20-D, 500 units: −ELBO {show('negative_elbo')}, "
-                  f"NLL {show('likelihood', 'nll')} nats", runs)
+    return expect(f"20-D, 500 units: −ELBO {show(runs, 'negative_elbo')}, "
+                  f"NLL {show(runs, 'likelihood', 'nll')} nats", runs)
 
 
 TABLES = {"imbalance": imbalance_table, "vae": vae_table}

@@ -61,6 +61,23 @@ def test_the_step_of_d_leaves_g_alone_and_noise_is_fresh(monkeypatch):
     assert len(steps) == 2 and len(seen) == 2 and not torch.equal(*seen)
 
 
+def test_a_step_is_adams_on_the_gradient_of_its_own_weights():
+    config = {"model": "gan", "loss": "hinge", "z_dim": 4, "lr": 1e-3}
+    gan, twin = study.Gan(config, "cpu"), study.Gan(config, "cpu")
+    twin.G.load_state_dict(gan.G.state_dict())
+    twin.D.load_state_dict(gan.D.state_dict())
+    z = torch.randn(8, 4)
+    norm = study.step_of(gan.optimizers["optimizer_G"], -gan.D(gan.G(z)).mean())
+    (-twin.D(twin.G(z)).mean()).backward()
+    gradients = [w.grad.clone() for w in twin.G.parameters()]
+    torch.optim.Adam(twin.G.parameters(), lr=1e-3, betas=(0.5, 0.999), foreach=False).step()
+    assert norm.item() == pytest.approx(math.sqrt(sum(g.square().sum().item() for g in gradients)),
+                                        rel=1e-4)
+    for a, b in zip(gan.G.parameters(), twin.G.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
+    assert all(w.grad is None for w in gan.D.parameters())
+
+
 def test_in_eval_mode_an_image_depends_on_its_own_code():
     gan = study.Gan(settings("gan"), torch.device("cpu"))
     gan.step(torch.rand(16, 1, 28, 28), 1)

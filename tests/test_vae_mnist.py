@@ -307,12 +307,12 @@ def test_comparisons_are_of_runs_that_differ_in_one_setting():
     runs = [run(seed, loss + 0.01 * seed, **config) for seed in range(3) for loss, config in [
         (100, {}), (99, {"lr": 0.003}), (96, {"hidden": [500, 500]}),
         (104, {"optimizer": "adagrad", "lr": 0.02}), (90, {"epochs": 99})]]
-    groups = study.by_configuration(runs)
-    assert len(groups) == 5 and sum("(99 epochs" in title for title in groups) == 1
+    groups = study.arranged(runs)
+    assert len(groups) == 5 and sum("(epochs 99)" in title for title in groups) == 1
     text = " ".join(study.comparisons(groups))
     assert "mlp500-500 against mlp500: a significant difference at n=3 (-4.00" in text
     assert "adam 0.003 against adagrad 0.02: a significant difference at n=3 (-5.00" in text
-    assert "The best is 0.003, at the edge" in text and "99 epochs" not in text
+    assert "The best is 0.003, at the edge" in text and "epochs 99" not in text
 
 
 def test_a_published_run_is_not_trained_again_for_more_likelihood_images(tmp_path):
