@@ -18,10 +18,12 @@ import math
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import time
 import warnings
+import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -87,18 +89,18 @@ class Parser(argparse.ArgumentParser):
         flag("--tensorboard", action="store_true", help="also write TensorBoard logs")
 
     def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
 
-def number(kind: type, low: float, high: float = math.inf, above: bool = False):
-    """An argparse type: a finite int or float in [low, high], or in (low, high] if `above`."""
+def number(kind: type, low: float, high: float = 1e9, above: bool = False):
+    """An argparse type: an int or float in [low, high], or in (low, high] if `above`."""
 
     def parse(text: str):
         with contextlib.suppress(ValueError):
             value = kind(text)
-            if abs(value) < math.inf and low <= value <= high and not (above and value == low):
+            if low <= value <= high and not (above and value == low):
                 return value
-        span = f"{'>' if above else '>='} {low}" + (f" and <= {high}" if high < math.inf else "")
+        span = f"{'>' if above else '>='} {low} and <= {high:.10g}"
         raise argparse.ArgumentTypeError(f"{text!r} is not "
                                          f"{'an integer' if kind is int else 'a number'} {span}")
 
@@ -115,8 +117,9 @@ def shard(text: str) -> slice:
 
 def guard(main) -> None:
     """Run a script's main: errors of the user's are one line and exit status 2, Ctrl-C one line and
-    130.
+    130, SIGTERM (a cluster takes its machine back) 143.
     """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         main()
         return
@@ -124,6 +127,11 @@ def guard(main) -> None:
         message, status = f"error: {error}", 2
     except OSError as error:  # a disk that is full, a folder that cannot be written
         message, status = f"error: {error}; mend it or take another --out-dir", 2
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and (
+                "can't allocate memory" not in str(error)):
+            raise
+        message, status = "error: not enough memory for a model or batch of this size", 2
     except KeyboardInterrupt:
         message, status = "interrupted; without --fresh the same command continues", 130
     print(message, file=sys.stderr)
@@ -583,13 +591,14 @@ def importance_sampling(log_px, mean: Tensor, factor: Tensor, k: int, prior: flo
 @contextlib.contextmanager
 def atomic(path: Path) -> Iterator[Path]:
     """A temporary name beside `path`, renamed to it if the block ends well: no reader sees half a
-    file.
+    file. The folder must be there: one that was removed meanwhile is an error, not made anew.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{os.getpid()}-{path.name}")
     try:
         yield temporary
         os.replace(temporary, path)
+    except OSError as error:  # a write that fails does not say which file
+        raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -621,10 +630,13 @@ def save_torch(path: Path, value: dict) -> None:
 
 def load_torch(path: Path) -> dict:
     try:
+        with zipfile.ZipFile(path) as file:  # torch itself does not look at the checksums
+            if file.testzip():
+                raise ValueError
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise
-    except Exception:  # a bad zip, a refused pickle, a short read: torch raises many types
+    except Exception:  # a bad zip, a refused pickle, a short read: many types
         raise UserError(f"{path} is corrupt or foreign; --fresh starts a run over, and a "
                         "classifier is trained again once its file is deleted") from None
 
@@ -649,45 +661,48 @@ def open_runs(folders: Sequence[Path], configs: Sequence[dict], args) -> None:
     for folder, config in zip(folders, configs, strict=True):
         if args.fresh and folder.exists():
             shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for half in folder.rglob(".*-*"):  # what a process was writing when it was killed
+            half.unlink()
         if not (folder / "config.json").exists():
             save_json(folder / "config.json", config)
 
 
-def restore(folder: Path, config: dict, parts: dict) -> list[dict]:
-    """Put the states of a run's checkpoint into `parts` (modules, optimisers by name); its history.
-
-    Without a checkpoint the parts stay as they are and the history is empty.
+def restore(folder: Path, config: dict, parts: dict, name: str = "checkpoint.pt") -> list[dict]:
+    """Put the states of a run's checkpoint, or best_model.pt, into `parts` (modules, optimisers by
+    name); its history. Without a checkpoint the parts stay as they are and the history is empty.
     """
-    file = folder / "checkpoint.pt"
-    if not file.exists():
+    file = folder / name
+    if name == "checkpoint.pt" and not file.exists():
         return []
     saved = load_torch(file)
     try:
         if saved["config"] != config:
             raise ValueError
-        for name, part in parts.items():
-            part.load_state_dict(saved[name])
-        return saved["history"]
+        for part, value in parts.items():
+            value.load_state_dict(saved[part])
+        return saved.get("history", [])
     except Exception:
-        raise UserError(f"{file} is not a checkpoint of this run; --fresh starts over") from None
+        raise UserError(f"{file} is not of this run; --fresh starts it over") from None
 
 
 def save_epoch(folder: Path, config: dict, history: list[dict], parts: dict, best: bool,
                board=None) -> None:
-    """After an epoch: checkpoint.pt, if it is the best so far best_model.pt (modules only),
-    history.csv, a line in training.log, and the scalars on the TensorBoard writer, if any.
+    """After an epoch: if it is the best so far best_model.pt (modules only), history.csv, a line in
+    training.log, the scalars on the TensorBoard writer, if any. Last checkpoint.pt: an epoch that
+    it holds has left nothing undone.
     """
     states = {name: part.state_dict() for name, part in parts.items()}
     row = history[-1]
     if best:
         modules = {k: v for k, v in states.items() if isinstance(parts[k], nn.Module)}
         save_torch(folder / "best_model.pt", {"config": config, "epoch": row["epoch"], **modules})
-    save_torch(folder / "checkpoint.pt", {"config": config, "history": history, **states})
     save_history(folder / "history.csv", history)
     with open(folder / "training.log", "a", encoding="utf-8") as log:
         print(" ".join(f"{k}={v:.4g}" for k, v in row.items()), file=log)
     for key, value in row.items() if board else ():
         board.add_scalar(key, value, row["epoch"])
+    save_torch(folder / "checkpoint.pt", {"config": config, "history": history, **states})
 
 
 def write_reports(report, base: Path, dataset: str | None) -> dict:
@@ -704,7 +719,10 @@ def finished_runs(root: Path) -> list[dict]:
     runs = []
     for file in sorted(root.glob("*/seed_*/final_metrics.json")):
         with open(file.with_name("history.csv"), encoding="utf-8") as rows:
-            history = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(rows)]
+            try:
+                history = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(rows)]
+            except (TypeError, ValueError):
+                raise UserError(f"{rows.name} is corrupt; --fresh starts that run over") from None
         runs.append({"config": load_json(file.with_name("config.json")), "metrics": load_json(file),
                      "history": history, "folder": file.parent.relative_to(root)})
     return runs

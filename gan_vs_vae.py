@@ -41,7 +41,6 @@ import common
 from common import get, show
 
 N_VAL = 5000
-HIDDEN = 512  # units after the first layer of generator and decoder
 NOISE_DIM = 32  # of the hybrid's generator of codes
 ADVERSARIAL = 10.0  # nats per unit of the hybrid's discriminators while fine-tuning
 SLACK = 1.05  # a hybrid may lose 5 % of its VAE's reconstruction on validation images
@@ -120,9 +119,8 @@ class Generator(nn.Module):
 
     def __init__(self, d: int):
         super().__init__()
-        self.first = nn.Linear(d, HIDDEN)
+        self.first = nn.Linear(d, 64 * 7 * 7)
         self.trunk = nn.Sequential(
-            nn.BatchNorm1d(HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, 64 * 7 * 7),
             nn.Unflatten(1, (64, 7, 7)), nn.BatchNorm2d(64), nn.ReLU(),
             nn.ConvTranspose2d(64, 32, 4, stride=2, padding=1), nn.BatchNorm2d(32), nn.ReLU(),
             # (B, 32, 14, 14); four pixels from each place, faster than a transposed convolution
@@ -377,9 +375,7 @@ def train(config: dict, x: Tensor, x_val: Tensor, f_val: Tensor, classifier, fol
         bar.set_postfix(fid=f"{row['val_fid']:.2f}", refresh=False)
         bar.update()
     bar.close()
-    saved = common.load_torch(folder / "best_model.pt")
-    for name, module in system.modules.items():
-        module.load_state_dict(saved[name])
+    common.restore(folder, config, system.modules, "best_model.pt")
     set_mode(system, False)
     return system, min(history, key=lambda row: merit(config, row, history)), history
 

@@ -260,6 +260,7 @@ def train(kind: str, config: dict, x: Tensor, x_val: Tensor, folder: Path, args)
         parameters = list(decoder.parameters())
     optimizer = torch.optim.Adam(parameters, lr=config["lr"], fused=x.device.type != "mps")
     parts = {"decoder": decoder, "inference": inference, "optimizer": optimizer}
+    (folder / kind).mkdir(exist_ok=True)
     history = common.restore(folder / kind, config, parts)
 
     def step_vae(i: Tensor) -> Tensor:

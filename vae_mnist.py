@@ -290,7 +290,7 @@ def train(config: dict, x: Tensor, x_val: Tensor, folder: Path, args) -> tuple[V
         bar.set_postfix(train=f"{losses[:, 0].mean():.2f}", val=f"{val[0]:.2f}", refresh=False)
         bar.update()
     bar.close()
-    model.load_state_dict(common.load_torch(folder / "best_model.pt")["model"])
+    common.restore(folder, config, {"model": model}, "best_model.pt")
     return model.eval(), history
 
 

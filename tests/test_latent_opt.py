@@ -276,16 +276,6 @@ def test_a_finished_run_is_kept_unless_more_is_asked_for(tmp_path):
 # ---------------------------------------------------------------------------------------- bad input
 
 
-@pytest.mark.parametrize("argv", [
-    ["--latent-dim", "0"], ["--sigma", "0"], ["--latent-lr", "nan"], ["--latent-steps", "0"],
-    ["--test-images", "5"], ["--codes", "1"]])
-def test_a_bad_flag_is_one_line_and_status_2(argv, capsys):
-    with pytest.raises(SystemExit) as stop:
-        study.main(argv)
-    message = capsys.readouterr().err
-    assert stop.value.code == 2 and len(message.strip().splitlines()) == 1 and argv[0] in message
-
-
 def test_a_process_that_is_refused(tmp_path):
     result = script("latent_opt.py", *SMOKE, "--train-size", "60000", cwd=tmp_path)
     refused(result, "leaves 0 images")

@@ -260,16 +260,6 @@ def test_batches_are_shuffled_and_drawn_anew_in_every_epoch(tmp_path, monkeypatc
 # ---------------------------------------------------------------------------------------- bad input
 
 
-@pytest.mark.parametrize("argv", [
-    ["--latent-dim", "0"], ["--hidden", "0"], ["--k", "1"], ["--binarize", "static"],
-    ["--optimizer", "sgd"], ["--lr", "nan"], ["--likelihood-images", "1"], ["--arch", "vit"]])
-def test_a_bad_flag_is_one_line_and_status_2(argv, capsys):
-    with pytest.raises(SystemExit) as stop:
-        study.main(argv)
-    message = capsys.readouterr().err
-    assert stop.value.code == 2 and len(message.strip().splitlines()) == 1 and argv[0] in message
-
-
 def test_a_process_from_another_folder_and_one_that_is_refused(tmp_path):
     argv = [*SMOKE, "--latent-dim", "3"]  # more than two: t-SNE
     result = script("vae_mnist.py", *argv, cwd=tmp_path)
