@@ -106,6 +106,27 @@ def vae_expect() -> str:
                   f"NLL {show(runs, 'likelihood', 'nll')} nats", runs)
 
 
+def results_readme() -> str:
+    """results/README.md: how every published number was made."""
+    parts = ["# Published results\n\nMade by `python tests/test_docs.py` from the JSON files. "
+             "Every run is a folder with its configuration, its metrics, its curves and its "
+             "pictures; weights are not kept. A row is what one command made: the same command at "
+             "the same commit and number of threads gives the same numbers on the same kind of "
+             "CPU.",
+             "`classifiers/` holds the weights of the metric classifiers, one for each dataset."]
+    published = ROOT / "results/published"
+    for root in sorted(file.parent for file in published.rglob("report.md")):
+        where = root.relative_to(ROOT / "results").as_posix()
+        if root.name == "gan_vs_vae":
+            groups = gan_vs_vae.all_runs(root)
+        else:
+            study = SCRIPTS[f"{root.parent.name}.py"]
+            groups = common.by_configuration(common.finished_runs(root), study.variant)
+        table = common.how_made(groups).split("\n\n", 1)[1]
+        parts += [f"## [{where}]({where}/report.md)", table]
+    return "\n\n".join(parts) + "\n"
+
+
 TABLES = {"imbalance": imbalance_table, "vae": vae_table}
 EXPECT = {"imbalance_study.py": imbalance_expect, "vae_mnist.py": vae_expect}
 
@@ -118,7 +139,7 @@ def current() -> dict[str, str]:
         readme, found = re.subn(f"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)",
                                 rf"\g<1>{new}\g<2>", readme, flags=re.S)
         assert found == 1, f"README has no place for {name}"
-    files = {"README.md": readme}
+    files = {"README.md": readme, "results/README.md": results_readme()}
     for name, line in EXPECT.items():
         files[name], found = re.subn(
             r"^Expect: .*?\n\n", line() + "\n\n", (ROOT / name).read_text(encoding="utf-8"),
@@ -127,7 +148,7 @@ def current() -> dict[str, str]:
     return files
 
 
-@pytest.mark.parametrize("name", ["README.md", *EXPECT])
+@pytest.mark.parametrize("name", ["README.md", "results/README.md", *EXPECT])
 def test_published_numbers_are_those_of_the_json(name):
     text = (ROOT / name).read_text(encoding="utf-8")
     assert text == current()[name], "python tests/test_docs.py writes them anew"
