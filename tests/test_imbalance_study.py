@@ -117,6 +117,17 @@ def mixture():
     return draw(5000), draw(500)
 
 
+@pytest.mark.parametrize("planted", [0.6, 1.0, 2.0])
+def test_the_temperature_that_matches_the_contrast_of_images(planted):
+    logits = 3 * torch.randn(200, 1, 28, 28)
+    x = (logits / planted).sigmoid()
+    assert study.match_contrast(logits, x) == pytest.approx(planted, rel=1e-4)
+    model, z = study.Autoencoder(4, False), torch.randn(5, 4)
+    assert torch.equal(model.decode(z), model.decode(z, 1.0))
+    sharp, plain = model.decode(z, 0.5), model.decode(z)
+    assert ((sharp - 0.5).abs() >= (plain - 0.5).abs() - 1e-6).all()
+
+
 @pytest.mark.parametrize("sampler", ["gmm", "local"])
 def test_samplers_recover_the_weight_of_a_small_cluster(mixture, sampler):
     codes, fitted = study.draw_codes(sampler, 20_000, *mixture, seed=0)
@@ -185,6 +196,7 @@ def test_a_run_end_to_end_writes_what_it_should(tmp_path):
         assert (folder / name).stat().st_size > 0, name
     scores = metrics["ga-ae_digit9_2pct/seed_0"]["samplers"]
     assert set(scores) == set(study.SAMPLERS) and scores["local"]["n"] == 2000
+    assert {s for s in scores if "temperature_1" in scores[s]} == {"local"}
     before = (root / "report.md").read_bytes()
     assert b"glyphs" in before and b"local" in before
     (root / "report.md").unlink()
