@@ -782,11 +782,15 @@ def save_figure(path: Path, figure: Figure) -> None:
         Image.open(buffer).convert("RGB").quantize(256).save(temporary, "PNG", optimize=True)
 
 
-def save_grid(path: Path, x: Tensor, columns: int, title: str, notes: Sequence[str] = ()) -> None:
-    """Images (N, 1, 28, 28) in rows of `columns`, black on white like ink; `notes` label the rows.
+def save_grid(path: Path, x: Tensor, columns: int, title: str, notes: Sequence[str] = (),
+              framed: Tensor | None = None) -> None:
+    """Images (N, 1, 28, 28) in rows of `columns`, black on white like ink; `notes` label the rows,
+    those `framed` (N,) have a border.
     """
     rows = -(-len(x) // columns)
     tiles = torch.zeros(rows * columns, 30, 30)
+    if framed is not None:
+        tiles[:len(x)][framed] = 0.5
     tiles[: len(x), 1:-1, 1:-1] = x[:, 0].cpu()
     picture = 1 - tiles.view(rows, columns, 30, 30).transpose(1, 2).reshape(rows * 30, -1)
     figure = Figure(figsize=(max(columns * 0.42, 3), rows * 0.42 + 0.3))
@@ -876,9 +880,10 @@ def paired(a: Sequence[float], b: Sequence[float], unit: str = "", digits: int =
     from scipy.stats import t  # comes with scikit-learn
 
     d, n = np.subtract(a, b), len(a)
+    show = lambda value: f"{value:+.{digits}f}".replace("-", "−")
     if n < 2:
-        return f"{d.mean():+.{digits}f}{unit} at n={n}, which supports no conclusion,"
+        return f"{show(d.mean())}{unit} (n={n}: no conclusion)"
     half = t.ppf(0.975, n - 1) * d.std(ddof=1) / math.sqrt(n)
     verdict = "a significant" if abs(d.mean()) > half else "no significant"
-    return (f"{verdict} difference at n={n} ({d.mean():+.{digits}f}{unit}, 95 % interval "
-            f"{d.mean() - half:+.{digits}f} to {d.mean() + half:+.{digits}f})")
+    return (f"{verdict} difference at n={n} ({show(d.mean())}{unit}, 95 % interval "
+            f"{show(d.mean() - half)} to {show(d.mean() + half)})")

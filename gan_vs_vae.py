@@ -816,7 +816,7 @@ def paired(what: str, a: list, b: list, *keys: str) -> str:
     if not a:
         return f"{what}: no seed in common."
     text = common.paired(get(a, *keys), get(b, *keys))
-    return f"{what}: {text.rstrip(',')}."
+    return f"{what}: {text}."
 
 
 def answer_latent(vaes: dict, datasets: list) -> str:

@@ -62,26 +62,21 @@ def vae_table() -> str:
     """The README's table: a row per configuration; of optimisers and rates the one with the most
     seeds, of those the best on validation images.
     """
-    groups, rows, seen = vae_runs(), [], set()
-    for v in sorted(groups, key=lambda v: (-len(groups[v]), np.mean(
-            get(groups[v], "validation", "loss")))):
-        rs = groups[v]
-        c, key = rs[0]["config"], vae_mnist.all_but(rs[0]["config"], "optimizer", "lr")
-        if key in seen:
-            continue
-        seen.add(key)
+    groups, rows = vae_runs(), []
+    for rs in vae_mnist.chosen(groups).values():
+        c = rs[0]["config"]
         grey = c["binarize"] == "none"
         objective = f"IWAE, k = {c['k']}" if c["objective"] == "iwae" else "ELBO"
         rows.append([
             vae_mnist.network(c), c["latent_dim"], "grey" if grey else "binarised", objective,
             len(rs), show(rs, "validation", "loss"), show(rs, "negative_elbo"),
             "–" if grey else show(rs, "likelihood", "nll"),
-            vae_mnist.PUBLISHED.get(vae_mnist.variant(c).rsplit("_", 2)[0], "–"),
+            "{} {:g}".format(*known[:2]) if (known := vae_mnist.published(c)) else "–",
             show(rs, "active_units", digits=0), show(rs, "fid")])
     runs = [r for rs in groups.values() for r in rs]
-    floor, entropy = (np.mean(get(runs, k)) for k in ["fid_floor", "pixel_entropy"])
+    floor = np.mean(get(runs, "fid_floor"))
     rows.sort(key=lambda row: (row[2], row[0], row[1], row[3]))
-    return common.table(["net", "d", f"pixels (floor of grey {entropy:.2f})", "objective", "n",
+    return common.table(["net", "d", "pixels", "objective", "n",
                          "validation", "−ELBO", "NLL", "published", "active units",
                          f"FID (floor {floor:.2f})"], rows)
 

@@ -290,7 +290,8 @@ def run(seed=0, loss=100.0, **config):
                 "objective": "elbo", "k": 1, "optimizer": "adam", "lr": 0.001, "batch_size": 100,
                 "epochs": 9, "train_size": 55_000, "seed": seed}
     return {"config": settings | config, "metrics": {
-        "validation": {"loss": loss}, "negative_elbo": loss, "likelihood": {"nll": loss - 3}}}
+        "validation": {"loss": loss}, "negative_elbo": loss, "likelihood": {"nll": loss - 3},
+        "active_units": 9}}
 
 
 def test_comparisons_are_of_runs_that_differ_in_one_setting():
@@ -300,8 +301,8 @@ def test_comparisons_are_of_runs_that_differ_in_one_setting():
     groups = study.arranged(runs)
     assert len(groups) == 5 and sum("(epochs 99)" in title for title in groups) == 1
     text = " ".join(study.comparisons(groups))
-    assert "mlp500-500 against mlp500: a significant difference at n=3 (-4.00" in text
-    assert "adam 0.003 against adagrad 0.02: a significant difference at n=3 (-5.00" in text
+    assert "mlp500-500 against mlp500: −ELBO a significant difference at n=3 (−4.00" in text
+    assert "adam 0.003 against adagrad 0.02: −ELBO a significant difference at n=3 (−5.00" in text
     assert "The best is 0.003, at the edge" in text and "epochs 99" not in text
 
 
