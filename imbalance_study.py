@@ -843,6 +843,8 @@ def temperature_table(models: dict) -> str:
                for which in ("temperature_1.", "")]]
             for m, runs in models.items() for s in SAMPLERS
             if values(runs, s, "temperature_1.fid")]
+    if not rows:
+        return ""
     return "### The temperature\n\n" + common.table(
         ["model, sampler", "n", "temperature", "FID at 1", "FID", "calibrated lift at 1",
          "calibrated lift", "clear lift at 1", "clear lift"], rows) + (

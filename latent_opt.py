@@ -18,7 +18,8 @@ Differences from the source project:
  2. Each starts from its image's posterior under probabilistic PCA, and its Adam counts the steps of
     its own row.
  3. Each batch's latents take two steps for one of the decoder's (--latent-steps).
- 4. log p(x) by importance sampling with a full Gaussian; the source does not say how.
+ 4. log p(x) by importance sampling with a full Gaussian, whose curvature is averaged over its own
+    codes rather than taken at the mode; the source does not say how.
  5. Samples are decoder means: pixel noise of 0.4 would drown them.
 
 References: Kingma and Welling 2014, arXiv:1312.6114; Bojanowski et al. 2018, arXiv:1707.05776
@@ -396,6 +397,9 @@ def log_px(decoder, x: Tensor, mu: Tensor, sigma: float, k: int) -> tuple[Tensor
     """log p(x) of each image by importance sampling around the mean mu (B, d) of its best q, and
     the effective sample size: (B,) float64 on the CPU each.
     """
+    torch.manual_seed(common.seed_from("log p(x)"))  # whatever was drawn before
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
     found = []
     for c, m in zip(x.split(20), mu.split(20), strict=True):
         proposal = common.laplace(lambda z: decoder(z).flatten(1), c.flatten(1), m,
@@ -403,7 +407,8 @@ def log_px(decoder, x: Tensor, mu: Tensor, sigma: float, k: int) -> tuple[Tensor
                                   lambda x_hat: torch.full_like(x_hat, 1 / sigma**2))
         log_likelihood_of = lambda z, c=c: log_likelihood(
             decoder(z.flatten(0, 1)), c.repeat(len(z), 1, 1, 1), sigma).view(z.shape[:2])
-        found.append(common.importance_sampling(log_likelihood_of, *proposal, k))
+        found.append(common.importance_sampling(log_likelihood_of, *proposal, k, rows=1000))
+    torch.set_float32_matmul_precision(precision)
     return tuple(map(torch.cat, zip(*found, strict=True)))
 
 
@@ -421,8 +426,9 @@ def measure(decoder, start, x: Tensor, sigma: float, k: int) -> dict[str, Tensor
     """
     began = time.perf_counter()
     q = infer(decoder, x, *start, sigma)
-    optimised = elbo(decoder, x, *q, sigma)  # on the CPU: the clock waits for the device
+    q[0].cpu()  # the clock waits for the device
     seconds = time.perf_counter() - began
+    optimised = elbo(decoder, x, *q, sigma)
     value, ess = log_px(decoder, x, q[0], sigma, k)
     return {"start": elbo(decoder, x, *start, sigma), "elbo": optimised, "log_px": value,
             "ess": ess, "mu": q[0], "seconds": torch.tensor(seconds)}
@@ -447,17 +453,40 @@ def gaps(found: dict[str, Tensor]) -> dict:
 
 
 def compare_starts(decoder, starts: dict, x: Tensor, sigma: float) -> dict[str, dict]:
-    """ELBO of images x after 30 and after all steps from each start, and the seconds it took."""
+    """ELBO of images x after 30 and after all steps from each start, the seconds it took, and how
+    far it is below the best of the starts with as many steps (mean, standard error of that).
+    """
     compared = {}
-    for name, start in starts.items():
-        for steps in [30, INFERENCE_STEPS]:
+    for steps in [30, INFERENCE_STEPS]:
+        found, seconds = {}, {}
+        for name, start in starts.items():
             began = time.perf_counter()
-            q = [v.cpu() for v in infer(decoder, x, *start(x), sigma, steps)]
-            seconds = time.perf_counter() - began
-            q = [v.to(x.device) for v in q]
+            q = infer(decoder, x, *start(x), sigma, steps)
+            q[0].cpu()  # the clock waits for the device
+            seconds[name] = time.perf_counter() - began
+            found[name] = elbo(decoder, x, *q, sigma)
+        best = max(found.values(), key=lambda values: values.mean())
+        for name, values in found.items():
             compared[f"{name}, {steps} steps"] = {
-                **summary(elbo(decoder, x, *q, sigma)), "seconds": seconds}
+                **summary(values), "seconds": seconds[name], "below_best": summary(best - values)}
     return compared
+
+
+def digit_mean(values: Tensor, control: Tensor, control_all: Tensor) -> dict[str, float]:
+    """Mean over a digit of what is known for some of its images, values (n,), and its standard
+    error, with the help of a control that is known for those (n,) and for all of them (N,).
+
+    The regression estimator: mean + b (mean of the control over all - over these), whose variance
+    is that of the residual over n plus that of b times the control over N. Source: Cochran 1977,
+    chapter 7.
+    """
+    centred = control - control.mean()
+    b = (centred * values).sum() / centred.square().sum() * (len(values) >= 10)  # few: plain mean
+    rest = values - values.mean() - b * centred
+    free = max(1, len(values) - 2)
+    return {"mean": float(values.mean() + b * (control_all.mean() - control.mean())),
+            "se": float((rest.square().sum() / free / len(values)
+                         + b**2 * control_all.var() / len(control_all)).sqrt())}
 
 
 def fid_of_samples(config: dict, decoder, mu: Tensor, logvar: Tensor, classifier, f_test: Tensor,
@@ -528,6 +557,9 @@ def evaluate(config: dict, args, data, part, trained: dict, real, classifier, fo
     zero = lambda x: (torch.zeros(len(x), d, device=x.device),) * 2
     starts = {"vae": {"zero": zero, "PCA": pca, "encoder": encode},
               "latent_opt": {"zero": zero, "PCA": pca}}
+    control = torch.cat([elbo(trained["vae"][0], c, *encode(c), sigma, 10)
+                         for c in data.x_test.to(device).split(1000)])
+    own_control = control[part["test"]]
     found, models = {}, {}
     for name in MODELS:
         decoder, start = trained[name][0], list(starts[name].values())[-1]
@@ -545,9 +577,12 @@ def evaluate(config: dict, args, data, part, trained: dict, real, classifier, fo
                               "training images": error(mu[some], x_train[some])},
             "probe_accuracy": probe(mu, y_train, (start(x)[0] if name == "vae" else of["mu"]).cpu(),
                                     y),
-            "log_px_by_digit": [summary(of["log_px"][y == digit]) | {"sampling_error": float(
-                (1 / of["ess"][y == digit]).sum().sqrt() / (y == digit).sum())}
-                for digit in range(10)],
+            "largest_log_px": float(of["log_px"].max()),
+            "log_px_by_digit": [digit_mean(of["log_px"][y == digit], own_control[y == digit],
+                                           control[data.y_test == digit])
+                                | {"sampling_error": float((1 / of["ess"][y == digit]).sum().sqrt()
+                                                           / (y == digit).sum())}
+                                for digit in range(10)],
             "ink": ink_test(ink, y, of["log_px"]), "seconds_to_infer": float(of["seconds"]),
             "seconds_per_epoch": float(np.median([row["seconds"] for row in trained[name][2]])),
             "seconds_train": sum(row["seconds"] for row in trained[name][2])}
@@ -617,7 +652,10 @@ def figures(config: dict, folder: Path, trained: dict, found: dict, y: Tensor, x
             history = trained["vae"][2]
             axes.plot([r["epoch"] for r in history], [r["val_loss"] for r in history], "C0:",
                       label="amortised, validation")
+        late = [r[key] for name in MODELS for r in trained[name][2][1:] or trained[name][2]]
+        margin = 0.05 * (max(late) - min(late)) + 1e-6  # the first epoch would flatten the rest
         axes.set(xlabel="epoch", ylabel="nats per image",
+                 ylim=(min(late) - margin, max(late) + margin),
                  title={"loss": "−ELBO", "reconstruction": "−log p(x | z)", "kl": "KL"}[key])
         axes.legend(fontsize=8)
     figure.tight_layout()
@@ -696,17 +734,35 @@ def latent_against_vae(runs: list, *keys, vae: tuple = (), digits: int = 2) -> s
                          get(runs, "models", "vae", *(vae or keys)), digits=digits)
 
 
+def better(runs: list, *keys, vae: tuple = (), lower: bool = True) -> str:
+    """Which model has the better value of a metric, with the paired difference: a clause."""
+    text = latent_against_vae(runs, *keys, vae=vae, digits=4 if "squared_error" in keys else 2)
+    if "a significant" not in text:
+        return f"neither measurably ({text})"
+    pair = [np.mean(get(runs, "models", name, *of)) for name, of in [
+        ("latent_opt", keys), ("vae", vae or keys)]]
+    return f"{MODELS['latent_opt' if (pair[0] < pair[1]) == lower else 'vae']} ({text})"
+
+
 def answer(runs: list) -> str:
     gap = lambda key: show(runs, "vae", "gaps", "test", key, "mean")
-    better = show(runs, "vae", "gaps", "test", "better_share", digits=1, times=100)
+    share = show(runs, "vae", "gaps", "test", "better_share", digits=1, times=100)
+    amortisation, approximation = (get(runs, "models", "vae", "gaps", "test", key, "mean")
+                                   for key in ["start_gap", "approximation_gap"])
+    text = common.paired(amortisation, approximation)
+    larger = "amortisation" if np.mean(amortisation) > np.mean(approximation) else "approximation"
     return (f"**Answer.** On test images the encoder's bound is {gap('start_gap')} nats below that "
             "of the diagonal Gaussian optimised for each image under the same decoder (the "
-            f"amortisation gap; optimising is better for {better} % of them), and that one "
+            f"amortisation gap; optimising is better for {share} % of them), and that one "
             f"{gap('approximation_gap')} nats below the estimate of log p(x) (the approximation "
-            "gap). Latent optimisation minus amortised VAE: "
-            f"{latent_against_vae(runs, 'gaps', 'test', 'log_px', 'mean')} in log p(x) of test "
-            f"images (nats, higher is better), {latent_against_vae(runs, 'fid', 'prior')} in the "
-            "FID of prior samples (lower is better).")
+            f"gap). The {larger} gap is the larger: {text}, amortisation less approximation. "
+            "Between the models, latent optimisation less amortised VAE, the better is: in log "
+            "p(x) of test images "
+            f"{better(runs, 'gaps', 'test', 'log_px', 'mean', lower=False)}; in squared error of "
+            "reconstructions, optimised means against the encoder's, "
+            f"{better(runs, 'squared_error', 'optimised', vae=('squared_error', 'start'))}, "
+            f"optimised against optimised {better(runs, 'squared_error', 'optimised')}; in FID of "
+            f"prior samples {better(runs, 'fid', 'prior')}.")
 
 
 def gap_room(runs: list) -> str:
@@ -723,8 +779,11 @@ def gap_room(runs: list) -> str:
              show(runs, name, "gaps", where, "ess_below_50", digits=1, times=100)]
             for name in MODELS for where in ["test", "train"]]
     m = runs[0]["metrics"]
-    error = max(v["gaps"]["test"]["sampling_error"] for name in MODELS
-                for v in get(runs, "models", name))
+    of = [v["gaps"][where] for name in MODELS for v in get(runs, "models", name)
+          for where in ["test", "train"]]
+    error, few = (max(v[key] for v in of) for key in ["sampling_error", "ess_below_50"])
+    below, worst = (max(v["below_elbo_share"] for v in of), min(v["ess_median"] for v in of))
+    largest = max(v["largest_log_px"] for name in MODELS for v in get(runs, "models", name))
     return "### Where the gap lies\n\n" + common.table(
         ["", "ELBO of the start", "ELBO optimised", "log p(x)", "gap of the start",
          "approximation gap", "optimised is better (%)", "median ESS", "ESS < 50 (%)"], rows) + (
@@ -733,10 +792,14 @@ def gap_room(runs: list) -> str:
         "the encoder's q for the amortised VAE (its gap is the amortisation gap); for latent "
         "optimisation it is the PCA start on test images and, on training images, the trained "
         "latents: what is left there is how far training, a few small steps for each image, was "
-        f"from done. log p(x) by importance sampling with {m['codes']:,} codes, a lower bound in "
-        "expectation (so is the approximation gap), loose where the effective sample size (ESS) "
-        "is small; its sampling error of the mean is "
-        f"{error:.2f} nats at most. No log p(x) can exceed {m['largest_log_px']:.3f}, a perfect "
+        f"from done. q is optimised in {INFERENCE_STEPS} steps of Adam with 4 codes. log p(x) by "
+        f"importance sampling with {m['codes']:,} codes, a lower bound in expectation (so is the "
+        "approximation gap), loose where the effective sample size (ESS) is small: its median is "
+        f"{worst:.0f} or more ({'at least' if worst >= 50 else 'less than'} the 50 aimed at), at "
+        f"most {100 * few:.1f} % of a set are below 50. The sampling error of a mean is "
+        f"{error:.2f} nats at most, where ESS is large enough to tell; the estimate is below the "
+        f"optimised ELBO, which it cannot truly be, for at most {100 * below:.1f} % of a set. The "
+        f"largest log p(x) is {largest:.2f}; none can exceed {m['largest_log_px']:.3f}, a perfect "
         "reconstruction.")
 
 
@@ -745,14 +808,23 @@ def starts_room(runs: list) -> str:
     rows = [[f"{MODELS[name]}: {label}", show(runs, name, "starts", label, "mean"),
              show(runs, name, "starts", label, "seconds", digits=1)]
             for name in MODELS for label in models[name]["starts"]]
-    best = {name: max(models[name]["starts"], key=lambda label: np.mean(get(
-        runs, "models", name, "starts", label, "mean"))) for name in MODELS}
+    said = []
+    for name in MODELS:
+        last = [label for label in models[name]["starts"] if f"{INFERENCE_STEPS} steps" in label]
+        worst = {label: np.mean([v["mean"] for v in get(
+            runs, "models", name, "starts", label, "below_best")]) for label in last}
+        label = max(worst, key=worst.get)
+        below = models[name]["starts"][label]["below_best"]
+        best = min(worst, key=worst.get).split(",")[0]
+        said.append(f"{MODELS[name]}: " + (
+            f"{best} is the best start, {label.split(',')[0]} {worst[label]:.2f} below it"
+            if worst[label] > 2 * below["se"] and worst[label] > 0.01 else
+            f"no start is better, {worst[label]:.2f} ± {below['se']:.2f} between them"))
     return "### Where to start from\n\n" + common.table(
         ["decoder: start", "ELBO (nats)", "s"], rows) + (
-        f"\n\nELBO of {runs[0]['metrics']['n_train']} test images after optimising q. Best: "
-        + "; ".join(f"{best[name]} ({MODELS[name]})" for name in MODELS)
-        + ". The PCA start is meaningful for latent optimisation, which was trained from it; for "
-        "the amortised decoder its axes are arbitrary.")
+        f"\n\nELBO of {runs[0]['metrics']['n_train']} test images after optimising q. After all "
+        f"steps, {'; '.join(said)}. The PCA start is meaningful for latent optimisation, which was "
+        "trained from it; for the amortised decoder its axes are arbitrary.")
 
 
 def quality_room(runs: list) -> str:
@@ -775,20 +847,19 @@ def quality_room(runs: list) -> str:
                                      for name in MODELS], strict=True)]
     m = runs[0]["metrics"]
     accuracy = lambda key: common.mean_std([100 * v for v in get(runs, key)])
-    error = latent_against_vae(runs, "squared_error", "optimised",
-                               vae=("squared_error", "start"), digits=4)
-    prior, fitted = (np.mean([[v["fid"][key] for v in get(runs, "models", name)]
-                              for name in MODELS]) for key in ["prior", "gaussian"])
+    fitted = "; ".join(f"{title} " + common.paired(*[get(runs, "models", name, "fid", key)
+                                                     for key in ["gaussian", "prior"]])
+                       for name, title in MODELS.items())
+    half = lambda name: np.mean([196 * math.sqrt(p * (1 - p) / m["n_test"])
+                                 for p in get(runs, "models", name, "probe_accuracy")])
     return "### Reconstructions, samples, codes, cost\n\n" + common.table(
         ["", *MODELS.values()], rows) + (
-        f"\n\nWhich reconstructs better: latent optimisation, optimising, minus the encoder: "
-        f"{error} in squared error (lower is better). Which samples better: see the answer; a "
-        f"Gaussian fitted to the training images' codes is {'' if fitted < prior else 'no '}better "
-        "than the prior on average over both. FID is in the features of the metric classifier, not "
+        "\n\nFID of a Gaussian fitted to the training images' codes less that of the prior: "
+        f"{fitted}. FID is in the features of the metric classifier, not "
         "Inception's, of 10,000 decoded means against 10,000 test images, where training images "
         f"score {common.mean_std(sorted(set(get(runs, 'fid_floor'))), 3)}. Probes see the codes of "
         f"the same training images and are tested on {m['n_test']:,} test images (95 % half-width "
-        f"about {196 * math.sqrt(0.95 * 0.05 / m['n_test']):.1f} points), for latent optimisation "
+        f"{half('vae'):.1f} and {half('latent_opt'):.1f} points), for latent optimisation "
         "on codes inferred in more steps than its training codes had. The supervised classifier "
         f"scores {accuracy('supervised_accuracy_subset')} % on those and "
         f"{accuracy('supervised_accuracy')} % on all test images, after "
@@ -817,16 +888,19 @@ def digits_room(runs: list) -> str:
             f"{title}: most probable is {means.argmax()}, least {means.argmin()}. Stroke area "
             f"explains {show(runs, name, 'ink', 'r2_ink')} of the variance of log p(x) over "
             f"images, with the digit {show(runs, name, 'ink', 'r2_ink_and_digit')} (largest p "
-            f"{'< 1e-16' if p < 1e-16 else f'= {p:.1g}'}): the order is "
-            + (f"more than stroke area; at the mean area {at_mean.argmax()} is the most and "
-               f"{at_mean.argmin()} the least probable." if p < 0.01 else
-               "no more than stroke area, as far as these images can tell."))
+            f"{'< 1e-16' if p < 1e-16 else f'= {p:.1g}'}): "
+            + (f"the digit adds to stroke area; at the mean area {at_mean.argmax()} would be the "
+               f"most and {at_mean.argmin()} the least probable (for 1, which rarely has that "
+               "much, an extrapolation)." if p < 0.01 else
+               "the digit adds nothing to stroke area that these images can tell."))
     return "### Which digits are probable\n\n" + common.table(
         ["digit", *[f"{t}{what}" for t in MODELS.values() for what in [
             ", log p(x)", ", s.e. over images / of sampling", ", at mean stroke area"]]],
         rows) + "\n\n" + " ".join(said) + (
-        " Every image's value is in log_probabilities.csv and, as an array (2 models, 10 digits, "
-        "images of a digit), in log_probabilities.npy, in each run's folder.")
+        " The means of a digit are over its images in the whole test set, from those measured and "
+        "the encoder's bound of all (a regression estimate). Every image's value is in "
+        "log_probabilities.csv and, as an array (2 models, 10 digits, images of a digit), in "
+        "log_probabilities.npy, in each run's folder.")
 
 
 def pictures_room(runs: list) -> str:

@@ -34,7 +34,7 @@ SMOKE = {
     "vae_mnist": [*SMALL, "--hidden", "16", "--latent-dim", "2", "--likelihood-images", "4"],
     "imbalance_study": [*SMALL, "--model", "ae", "--samples", "500", "--sampler", "prior",
                         "--rare-ratio", "0.1"],
-    "latent_opt": [*SMALL, "--test-images", "10", "--codes", "50", "--latent-dim", "8"],
+    "latent_opt": [*SMALL, "--test-images", "20", "--codes", "50", "--latent-dim", "8"],
     "gan_vs_vae": [*SMALL, "--model", "gan", "--loss", "hinge", "--z-dim", "4", "--samples", "300"]}
 STUDIES = {"vae_mnist": vae_mnist, "imbalance_study": imbalance_study, "latent_opt": latent_opt,
            "gan_vs_vae": gan_vs_vae}

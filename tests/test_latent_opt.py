@@ -225,6 +225,9 @@ def test_an_interrupted_run_continues_bitwise(tmp_path):
     study.main([*argv, str(tmp_path / "whole")])
     interrupt_after_epoch(1, lambda: study.main([*argv, str(tmp_path / "parts")]))
     interrupt_after_epoch(3, lambda: study.main([*argv, str(tmp_path / "parts")]))  # latents, 1
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ZeroDivisionError):  # in evaluation
+        patch.setattr(study, "save_log_probabilities", lambda *a: 1 / 0)
+        study.main([*argv, str(tmp_path / "parts")])
     study.main([*argv, str(tmp_path / "parts")])
     a, b = (tmp_path / d / "latent_opt/glyphs/d12_sigma0.4/seed_0" for d in ["whole", "parts"])
     assert numbers(a) == numbers(b)
@@ -250,6 +253,19 @@ def test_a_step_touches_the_latents_of_its_batch_alone(tmp_path):
     assert len(tables) == 4 and all(rows == changed for rows, changed in tables)
     assert len({tuple(rows) for rows, _ in tables}) == 2 and tables[0][0] != [0, 1, 2, 3]
     assert start.shape == (8, 6)
+
+
+def test_the_mean_of_a_digit_with_a_control_covers_the_truth():
+    errors, plain, said = [], [], []
+    for _ in range(300):
+        control = 20 * torch.randn(1000).double()
+        values = 0.8 * control + 4 * torch.randn(1000).double() - 50  # the truth: -50
+        of = study.digit_mean(values[:100], control[:100], control)
+        errors.append(of["mean"] + 50)
+        said.append(of["se"])
+        plain.append(float(values[:100].mean()) + 50)
+    assert np.std(errors) == pytest.approx(np.mean(said), rel=0.15)
+    assert np.std(errors) < 0.6 * np.std(plain) and abs(np.mean(errors)) < 0.2
 
 
 @pytest.mark.parametrize("planted", [0.0, 3.0])
