@@ -12,7 +12,7 @@ out: the rare class's lift is its share among samples over its share in training
 Writes results/imbalance_study/<dataset>/<variant>/seed_<s>/ (weights, metrics, pictures) and, from
 every finished run, results/imbalance_study/<dataset>/report.md.
 
-Expect: ga-ae calibrated lift 1.19 ± 0.07, FID 0.44 ± 0.04 (n=3);
+Expect: ga-ae calibrated lift 1.14 ± 0.07, FID 0.16 ± 0.01 (n=3);
 8 min to train a run; cpu: AMD EPYC, torch 2.15.0+cu132.
 
 Differences from the source study:
