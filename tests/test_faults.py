@@ -78,11 +78,15 @@ def test_after_kill_9_the_same_command_gives_the_same_numbers(tmp_path):
 @pytest.mark.parametrize(("sent", "status", "said"), [
     (signal.SIGINT, 130, "same command continues"), (signal.SIGTERM, 143, "")])
 def test_a_signal_ends_the_process_and_the_checkpoint_stands(tmp_path, sent, status, said):
+    heard = lambda: signal.signal(sent, signal.SIG_DFL)  # a job in the background ignores Ctrl-C
     process = start("vae_mnist", *SMOKE["vae_mnist"], "--epochs", "5000", "--out-dir",
-                    str(tmp_path))
+                    str(tmp_path), preexec_fn=heard)
     wait_for(tmp_path, "checkpoint.pt", process)
     process.send_signal(sent)
-    _, errors = process.communicate(timeout=60)
+    try:
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == status, errors
     assert len(errors.splitlines()) == bool(said) and said in errors
     assert common.load_torch(next(tmp_path.rglob("checkpoint.pt")))["history"]
