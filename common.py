@@ -597,8 +597,10 @@ def atomic(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         os.replace(temporary, path)
-    except OSError as error:  # a write that fails does not say which file
-        raise OSError(error.errno, error.strerror, str(path)) from None
+    except OSError as error:
+        if error.errno is None or error.filename:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from None  # which file it was
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -880,10 +882,10 @@ def paired(a: Sequence[float], b: Sequence[float], unit: str = "", digits: int =
     from scipy.stats import t  # comes with scikit-learn
 
     d, n = np.subtract(a, b), len(a)
-    show = lambda value: f"{value:+.{digits}f}".replace("-", "−")
+    signed = lambda value: f"{value:+.{digits}f}".replace("-", "−")
     if n < 2:
-        return f"{show(d.mean())}{unit} (n={n}: no conclusion)"
+        return f"{signed(d.mean())}{unit} (n={n}: no conclusion)"
     half = t.ppf(0.975, n - 1) * d.std(ddof=1) / math.sqrt(n)
     verdict = "a significant" if abs(d.mean()) > half else "no significant"
-    return (f"{verdict} difference at n={n} ({show(d.mean())}{unit}, 95 % interval "
-            f"{show(d.mean() - half)} to {show(d.mean() + half)})")
+    return (f"{verdict} difference at n={n} ({signed(d.mean())}{unit}, 95 % interval "
+            f"{signed(d.mean() - half)} to {signed(d.mean() + half)})")

@@ -751,11 +751,13 @@ def answer(runs: list) -> str:
                                    for key in ["start_gap", "approximation_gap"])
     text = common.paired(amortisation, approximation)
     larger = "amortisation" if np.mean(amortisation) > np.mean(approximation) else "approximation"
+    said = (f"The {larger} gap is the larger" if "a significant" in text else
+            "Which gap is the larger cannot be told")
     return (f"**Answer.** On test images the encoder's bound is {gap('start_gap')} nats below that "
             "of the diagonal Gaussian optimised for each image under the same decoder (the "
             f"amortisation gap; optimising is better for {share} % of them), and that one "
             f"{gap('approximation_gap')} nats below the estimate of log p(x) (the approximation "
-            f"gap). The {larger} gap is the larger: {text}, amortisation less approximation. "
+            f"gap). {said}: {text}, amortisation less approximation. "
             "Between the models, latent optimisation less amortised VAE, the better is: in log "
             "p(x) of test images "
             f"{better(runs, 'gaps', 'test', 'log_px', 'mean', lower=False)}; in squared error of "

@@ -396,9 +396,8 @@ def start_codes(model: VAE, x: Tensor, mu: Tensor) -> Tensor:
 def estimate_likelihood(model: VAE, x: Tensor, d: int, negative_elbo: float) -> dict:
     """log p(x) of test images x by importance sampling, and for d <= 2 exactly; nats.
 
-    "nll" is for the whole test set: its -ELBO less the mean gap of these images, which for d >= 20
-    varies a fifth as much from image to image as log p(x) does. For that their ELBO is taken with
-    1,000 codes each.
+    "nll" is for the whole test set: its -ELBO less the mean gap of these images ("gap", with its
+    standard error over them). For the gap their ELBO is taken with 1,000 codes each.
     """
     began = time.perf_counter()
     precision = torch.get_float32_matmul_precision()
@@ -622,9 +621,8 @@ COLUMNS = """Nats per image; n seeds, ± their standard deviation.
 - NLL: −ELBO less the mean gap between the ELBO and log p(x) of as many test images as the second
   table says (± the standard error of that gap over them). log p(x) by importance sampling with
   5,000 codes from a Gaussian fitted to each image's posterior and, a tenth of them, from the prior.
-  Burda et al. sampled from the encoder, which at equal K gives a higher (looser) figure. Either is
-  an upper bound of the NLL in expectation, looser where ESS, the effective number of codes, is
-  small.
+  Burda et al. sampled from the encoder. Either is an upper bound of the NLL in expectation, looser
+  where ESS, the effective number of codes, is small, so figures at equal K need not agree.
 - Active units: dimensions whose code means vary by more than 0.01 over test images.
 - FID: in the features of the metric classifier, not Inception's; 10,000 decoded means against the
   10,000 grey test images; its floor is that of 10,000 training images.
