@@ -26,7 +26,7 @@ Differences from the source study:
     measured is decoded at a temperature that gives reconstructions of validation images the
     contrast of those images; the report shows what that changes.
  7. Local sampling is centred on the mean of a code's neighbourhood, not on the code: validation
-    codes are likelier under it. The geometry is taken at every second step, twice as heavy.
+    codes are likelier under it. The geometry is taken at every fourth step, four times as heavy.
 
 References: Kingma and Welling 2014, arXiv:1312.6114 (VAE); Lee et al. 2022, "Regularized
 autoencoders for isometric representation learning" (relaxed distortion); Karras et al. 2020,
@@ -217,9 +217,9 @@ def objective(model: Autoencoder, x: Tensor, config: dict, times: int = 1) -> Te
     """(total, reconstruction, code term, distortion) of a batch, (4,); the first three are nats.
 
     The distortion is taken on a quarter of the batch and counts `times` over: training takes it
-    twice at every second step and not between, so that an epoch of the GA-AE costs less than two of
-    the AE ("lazy regularization", Karras et al. 2020, arXiv:1912.04958). A batch of fewer than 8
-    images is taken whole.
+    four times at every fourth step and not between, so that an epoch of the GA-AE costs a third
+    more than one of the AE ("lazy regularization", Karras et al. 2020, arXiv:1912.04958). A batch
+    of fewer than 8 images is taken whole.
     """
     mu, logvar = model.encode(x)
     z = mu if logvar is None else mu + torch.randn_like(mu) * (0.5 * logvar).exp()
@@ -273,7 +273,7 @@ def train(config: dict, x: Tensor, x_val: Tensor, folder: Path, args) -> tuple[A
         order = torch.randperm(n, generator=common.generator(seed, "order", epoch)).to(x.device)
         torch.manual_seed(common.seed_from(seed, "noise", epoch))
         batches = order[:steps * batch_size].split(batch_size)
-        losses = torch.stack([step(x[i], 2 * (k % 2 == 0)) for k, i in enumerate(batches)])
+        losses = torch.stack([step(x[i], 4 * (k % 4 == 0)) for k, i in enumerate(batches)])
         assert not losses.requires_grad, "an epoch's losses must not hold every step's graph"
         seconds = time.perf_counter() - start
         torch.manual_seed(common.seed_from(seed, "validation"))  # the same noise in every epoch

@@ -74,7 +74,7 @@ def test_distortion_trains_the_decoder_and_the_encoder():
     assert model.decoder[0].weight.grad.abs().sum() > 0
 
 
-def test_the_geometry_of_every_second_step_counts_twice():
+def test_the_distortion_counts_as_often_as_asked():
     model, x = study.Autoencoder(4, False), torch.rand(32, 1, 28, 28)
     config = {"model": "ga-ae", "code_penalty": 0.01, "geometry": 5.0}
     found = []
