@@ -85,7 +85,7 @@ class Parser(argparse.ArgumentParser):
         flag("--shard", type=shard, default="0/1", metavar="K/N",
              help="only every N-th run, from the K-th")
         flag("--compile", action="store_true",
-             help="compile the training step (needs a C++ compiler)")
+             help="compile the training step (CPU: needs a C++ compiler) or capture it (CUDA)")
         flag("--tensorboard", action="store_true", help="also write TensorBoard logs")
 
     def error(self, message: str):
@@ -138,7 +138,7 @@ def guard(main) -> None:
     sys.exit(status)
 
 
-# --------------------------------------------------------------------------------- device and seeds
+# ------------------------------------------------------------------------ device, seeds and steps
 
 
 def pick_device(name: str) -> torch.device:
@@ -163,6 +163,82 @@ def seed_from(*key: int | str) -> int:
 def generator(*key: int | str) -> torch.Generator:
     """A CPU generator for that key: what is drawn from it is the same on every device."""
     return torch.Generator().manual_seed(seed_from(*key))
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):  # a compiled or captured step reads it
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+
+
+def fast_step(step, parts: dict, device: torch.device, on: bool):
+    """A training step as the device runs it fastest, if `on` (--compile), else as it is.
+
+    step(batch, *plain values) returns a tensor and changes nothing but `parts`, modules and
+    optimisers by name. On a CPU it is compiled. On CUDA forward, backward and optimiser are
+    captured into one graph for each batch size and plain values; torch's generator goes on through
+    its replays as through eager steps. MPS has no graphs, and Adagrad counts its steps on the CPU:
+    those stay eager.
+    """
+    optimizers = [part for part in parts.values() if isinstance(part, torch.optim.Optimizer)]
+    fast = on and device.type != "mps" and all(isinstance(o, torch.optim.Adam) for o in optimizers)
+    for group in [group for o in optimizers for group in o.param_groups]:
+        rate = float(group["lr"])  # perhaps of a checkpoint that was made the other way
+        group["lr"] = torch.tensor(rate, device=device) if fast else rate
+        if "capturable" in group:
+            group["capturable"] = fast and device.type == "cuda"
+    if not fast or device.type == "cpu":
+        return torch.compile(step, dynamic=False) if fast else step
+    graphs = {}
+
+    def replay(batch: Tensor, *values) -> Tensor:
+        key = (batch.shape, *values)
+        if key not in graphs:
+            try:
+                graphs[key] = capture(step, batch.clone(), values, parts)
+            except RuntimeError as error:
+                print(f"warning: the step stays eager, it cannot be captured ({error})",
+                      file=sys.stderr)
+                graphs[key] = None
+        if not graphs[key]:
+            return step(batch, *values)
+        graph, own_batch, out = graphs[key]
+        own_batch.copy_(batch)
+        graph.replay()
+        return out.clone()
+
+    return replay
+
+
+def capture(step, batch: Tensor, values: tuple, parts: dict) -> tuple:
+    """(CUDA graph of step(batch, *values), the batch it reads, its output). The warm-up that a
+    capture needs leaves no trace: `parts` and torch's generator are put back, in place.
+    """
+    def tensors() -> dict:
+        found = {}
+        for name, part in parts.items():
+            states = [("", part.state_dict())] if isinstance(part, nn.Module) else (
+                (id(weight), of) for weight, of in part.state.items())
+            found |= {(name, which, key): v for which, of in states for key, v in of.items()}
+        return found
+
+    before = {key: v.clone() for key, v in tensors().items()}
+    random, stream, graph = torch.cuda.get_rng_state(), torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    try:
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                step(batch, *values)
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.cuda.graph(graph):
+            out = step(batch, *values)
+    finally:
+        for key, v in tensors().items():  # Adam's state is made in its first step, of zeros
+            v.copy_(before[key]) if key in before else v.zero_()
+        torch.cuda.set_rng_state(random)
+    return graph, batch, out
 
 
 # --------------------------------------------------------------------------------------------- data

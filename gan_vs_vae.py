@@ -189,6 +189,7 @@ def adam(lr: float, *modules: nn.Module) -> torch.optim.Adam:
                             fused=parameters[0].device.type != "mps")
 
 
+@torch.compiler.disable  # it would take the weights that need a gradient for always the same
 def step_of(optimizer: torch.optim.Optimizer, loss: Tensor) -> Tensor:
     """One step down the loss; the norm of the gradient. Parameters it does not reach stay, and no
     gradient of others is computed.
@@ -216,11 +217,12 @@ class Gan:
             self.average = torch.optim.swa_utils.AveragedModel(
                 self.G, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.999),
                 use_buffers=True)
+            self.average.n_averaged.fill_(1)  # from the first weights on: every step is alike
             self.modules["average"] = self.average
         self.optimizers = {"optimizer_G": adam(config["lr"], self.G),
                            "optimizer_D": adam(config.get("lr_d", config["lr"]), self.D)}
 
-    def step(self, x: Tensor, epoch: int) -> Tensor:
+    def step(self, x: Tensor, stage: int) -> Tensor:
         """A step of D, then one of G with fresh noise; (6,) as `names`."""
         noise = lambda: torch.randn(len(x), self.z_dim, device=x.device)
         fake = self.G(noise()).detach()  # D's step must not reach G
@@ -250,7 +252,7 @@ class Vae:
         self.modules = {"G": self.G, "E": self.E}
         self.optimizers = {"optimizer": adam(config["lr"], self.E, self.G)}
 
-    def step(self, x: Tensor, epoch: int) -> Tensor:
+    def step(self, x: Tensor, stage: int) -> Tensor:
         losses = elbo_losses(self.E, self.G, x)
         norm = step_of(self.optimizers["optimizer"], losses[0])
         return torch.cat([losses, norm[None]]).detach()
@@ -277,16 +279,13 @@ class VaeGan:
         self.modules = {"G": self.G, "E": self.E, "H": self.H, "D_z": self.D_z, "D_x": self.D_x}
         self.optimizers = {"optimizer": adam(config["lr"], self.E, self.G, self.H),
                            "optimizer_D": adam(config["lr"], self.D_z, self.D_x)}
-        self.epochs, self.stage = config["epochs"], 2  # epochs of each of the stages 0, 1, 2
+        self.stage = 2
 
-    def step(self, x: Tensor, epoch: int) -> Tensor:
-        self.stage = (epoch - 1) // self.epochs
-        if self.stage == 0:
+    def step(self, x: Tensor, stage: int) -> Tensor:
+        if stage == 0:
             losses = elbo_losses(self.E, self.G, x)
             norm = step_of(self.optimizers["optimizer"], losses[0])
             return F.pad(torch.cat([losses, norm[None]]).detach(), (0, 7))
-        for m in (self.E, self.G):  # BatchNorm keeps the VAE's statistics for every kind of batch
-            m.eval().requires_grad_(self.stage == 2)
         noise = lambda: torch.randn(len(x), self.z_dim, device=x.device)
         with torch.no_grad():
             mu, logvar = self.E(x).chunk(2, dim=1)
@@ -298,7 +297,7 @@ class VaeGan:
         d_norm = step_of(self.optimizers["optimizer_D"], loss_d)
         z_fake = self.H(noise())
         loss_h = g_loss("hinge", self.D_z(z_fake)) + g_loss("hinge", self.D_x(self.G(z_fake)))
-        losses = elbo_losses(self.E, self.G, x) if self.stage == 2 else loss_h.new_zeros(3)
+        losses = elbo_losses(self.E, self.G, x) if stage == 2 else loss_h.new_zeros(3)
         norm = step_of(self.optimizers["optimizer"], losses[0] + ADVERSARIAL * loss_h)
         right = [((v > 0) == real).float().mean()
                  for v, real in zip(logits, [True, False] * 2, strict=True)]
@@ -343,17 +342,17 @@ def train(config: dict, x: Tensor, x_val: Tensor, f_val: Tensor, classifier, fol
     z_shown = torch.randn(64, system.z_dim, generator=common.generator("z", "shown"))
     title = f"{variant(config)}/seed_{seed}"
     bar = tqdm(range(1, last + 1), title, initial=len(history), disable=None)
-    step = torch.compile(system.step) if args.compile else system.step
+    step = common.fast_step(system.step, parts, x.device, args.compile)
     for epoch in range(len(history) + 1, last + 1):
         start = time.perf_counter()
         if config["model"] == "tuned-gan":
             for name, key in [("optimizer_G", "lr"), ("optimizer_D", "lr_d")]:
-                system.optimizers[name].param_groups[0]["lr"] = config[key] * (
-                    1 - (epoch - 1) / last)
-        set_mode(system, True)
+                common.set_rate(system.optimizers[name], config[key] * (1 - (epoch - 1) / last))
+        system.stage = (epoch - 1) // config["epochs"]
+        set_mode(system, True, system.stage)
         order = torch.randperm(n, generator=common.generator(seed, "order", epoch)).to(x.device)
         torch.manual_seed(common.seed_from(seed, "noise", epoch))
-        losses = torch.stack([step(x[i], epoch) for i in order[:steps * batch_size].split(
+        losses = torch.stack([step(x[i], system.stage) for i in order[:steps * batch_size].split(
             batch_size)])
         if not losses.isfinite().all():
             bad = (~losses.isfinite().all(1)).nonzero()[0].item() + 1
@@ -403,9 +402,14 @@ def elbo_of(system, x: Tensor) -> list[float]:
     return (torch.stack(parts).sum(0) / len(x)).tolist()
 
 
-def set_mode(system, training: bool) -> None:
-    for module in system.modules.values():
-        module.train(training)
+def set_mode(system, training: bool, stage: int = 0) -> None:
+    """For training or not; after its first stage the VAE in a hybrid keeps its BatchNorm statistics
+    for every kind of batch, and in the second stage it is frozen.
+    """
+    for name, module in system.modules.items():
+        in_vae = name in ("E", "G")
+        module.train(training and not (in_vae and stage > 0))
+        module.requires_grad_(not (in_vae and stage == 1))
 
 
 @torch.no_grad()

@@ -252,24 +252,23 @@ def train(config: dict, x: Tensor, x_val: Tensor, folder: Path, args) -> tuple[A
     optimizer = torch.optim.Adam(model.parameters(), lr=config["lr"], fused=x.device.type != "mps")
     parts = {"model": model, "optimizer": optimizer}
     history = common.restore(folder, config, parts)
-    losses_of = torch.compile(objective) if args.compile else objective
 
     def step(batch: Tensor, times: int) -> Tensor:
-        losses = losses_of(model, batch, config, times)
+        losses = objective(model, batch, config, times)
         optimizer.zero_grad()
         losses[0].backward()
         optimizer.step()
         return losses.detach()
 
+    step = common.fast_step(step, parts, x.device, args.compile)
     board = common.summary_writer(folder / "logs") if args.tensorboard else None
     steps = max(1, n // batch_size)  # a last, smaller batch is left out
     title = f"{variant(config)}/seed_{seed}"
     bar = tqdm(range(1, config["epochs"] + 1), title, initial=len(history), disable=None)
     for epoch in range(len(history) + 1, config["epochs"] + 1):
         start = time.perf_counter()
-        for group in optimizer.param_groups:
-            cosine = math.cos(math.pi * (epoch - 1) / config["epochs"])
-            group["lr"] = config["lr"] * 0.5 * (1 + cosine)
+        cosine = math.cos(math.pi * (epoch - 1) / config["epochs"])
+        common.set_rate(optimizer, config["lr"] * 0.5 * (1 + cosine))
         order = torch.randperm(n, generator=common.generator(seed, "order", epoch)).to(x.device)
         torch.manual_seed(common.seed_from(seed, "noise", epoch))
         batches = order[:steps * batch_size].split(batch_size)

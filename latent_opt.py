@@ -289,9 +289,9 @@ def train(kind: str, config: dict, x: Tensor, x_val: Tensor, folder: Path, args)
         optimizer.step()
         return losses.detach()
 
-    step = {"vae": step_vae, "latent_opt": step_latent_opt}[kind]
-    if args.compile and kind == "vae":  # rows are gathered and scattered: latents stay eager
-        step = torch.compile(step)
+    # latents stay eager: which rows a step moves changes from step to step
+    step = step_latent_opt if kind == "latent_opt" else common.fast_step(
+        step_vae, parts, x.device, args.compile)
     board = common.summary_writer(folder / "logs" / kind) if args.tensorboard else None
     title = f"{variant(config)}/seed_{seed} {kind}"
     bar = tqdm(range(1, config["epochs"] + 1), title, initial=len(history), disable=None)

@@ -249,17 +249,17 @@ def train(config: dict, x: Tensor, x_val: Tensor, folder: Path, args) -> tuple[V
     optimizer = make_optimizer(config["optimizer"], model.parameters(), config["lr"])
     parts = {"model": model, "optimizer": optimizer}
     history = common.restore(folder, config, parts)
-    losses_of = torch.compile(objective) if args.compile else objective
 
     def step(batch: Tensor) -> Tensor:
         if config["binarize"] == "dynamic":
             batch = torch.bernoulli(batch)
-        losses = losses_of(model, batch, config)
+        losses = objective(model, batch, config)
         optimizer.zero_grad()
         losses[0].backward()
         optimizer.step()
         return losses.detach()
 
+    step = common.fast_step(step, parts, x.device, args.compile)
     board = common.summary_writer(folder / "logs") if args.tensorboard else None
     steps = max(1, n // batch_size)  # a last, smaller batch is left out
     title = f"{variant(config)}/seed_{seed}"
@@ -267,8 +267,7 @@ def train(config: dict, x: Tensor, x_val: Tensor, folder: Path, args) -> tuple[V
     for epoch in range(len(history) + 1, config["epochs"] + 1):
         start = time.perf_counter()
         cosine = math.cos(math.pi * (epoch - 1) / config["epochs"])
-        for group in optimizer.param_groups:
-            group["lr"] = config["lr"] * 0.5 * (1 + cosine)
+        common.set_rate(optimizer, config["lr"] * 0.5 * (1 + cosine))
         order = torch.randperm(n, generator=common.generator(seed, "order", epoch)).to(x.device)
         torch.manual_seed(common.seed_from(seed, "noise", epoch))
         losses = torch.stack([step(x[i]) for i in order[:steps * batch_size].split(batch_size)])

@@ -123,10 +123,10 @@ def our_gan(x, epochs: int, compiled: bool) -> float:
     torch.manual_seed(0)
     gan = gan_vs_vae.Gan(GAN, x.device)
     gan_vs_vae.set_mode(gan, True)
-    step = torch.compile(gan.step) if compiled else gan.step
+    step = common.fast_step(gan.step, gan.modules | gan.optimizers, x.device, compiled)
     for _ in range(epochs):
         order = torch.randperm(len(x)).to(x.device)[:len(x) // 128 * 128]
-        losses = torch.stack([step(x[i], 1) for i in order.split(128)])
+        losses = torch.stack([step(x[i], 0) for i in order.split(128)])
     return float(losses[-100:, :2].sum(1).mean())
 
 
@@ -182,7 +182,7 @@ def dcgan(args, device, data) -> None:
     gan_vs_vae.set_mode(gan, True)
     weights = sum(w.numel() for m in (gan.G, gan.D) for w in m.parameters())
     speed("DCGAN, batch 128, Adam", lambda n: usual_gan(args.data_dir, device, n),
-          lambda n, c: our_gan(x, n, c), len(x) // 128, lambda: gan.step(x[:128], 1), weights,
+          lambda n, c: our_gan(x, n, c), len(x) // 128, lambda: gan.step(x[:128], 0), weights,
           args.epochs, device)
 
 

@@ -58,7 +58,7 @@ def test_the_step_of_d_leaves_g_alone_and_noise_is_fresh(monkeypatch):
         return steps[-1]
     monkeypatch.setattr(study, "step_of", watched)
     gan.G.first.register_forward_hook(lambda m, z, out: seen.append(z[0]))
-    gan.step(torch.rand(16, 1, 28, 28), 1)
+    gan.step(torch.rand(16, 1, 28, 28), 0)
     assert len(steps) == 2 and len(seen) == 2 and not torch.equal(*seen)
     assert attached == [False, False, True]  # real, detached fake, and the fake that G learns from
 
@@ -82,7 +82,7 @@ def test_a_step_is_adams_on_the_gradient_of_its_own_weights():
 
 def test_in_eval_mode_an_image_depends_on_its_own_code():
     gan = study.Gan(settings("gan"), torch.device("cpu"))
-    gan.step(torch.rand(16, 1, 28, 28), 1)
+    gan.step(torch.rand(16, 1, 28, 28), 0)
     study.set_mode(gan, False)
     z = torch.randn(8, 8)
     together = study.draw(gan, z, torch.device("cpu"))
@@ -98,11 +98,11 @@ def test_the_hybrids_vae_is_unchanged_while_frozen_and_trained_before_and_after(
         ).values()]
     changed = lambda a, b: [not torch.equal(u, v) for u, v in zip(a, b, strict=True)]
     x = torch.rand(16, 1, 28, 28)
-    for epoch, moving, still in [(1, "EG", ["H", "D_z", "D_x"]), (2, ["H", "D_z", "D_x"], "EG"),
-                                 (3, ["E", "G", "H", "D_z", "D_x"], [])]:
-        study.set_mode(hybrid, True)
+    for stage, moving, still in [(0, "EG", ["H", "D_z", "D_x"]), (1, ["H", "D_z", "D_x"], "EG"),
+                                 (2, ["E", "G", "H", "D_z", "D_x"], [])]:
+        study.set_mode(hybrid, True, stage)
         before = {n: state(n) for n in [*moving, *still]}
-        losses = hybrid.step(x, epoch)
+        losses = hybrid.step(x, stage)
         assert losses.shape == (len(hybrid.names),) and losses.isfinite().all()
         assert all(any(changed(before[n], state(n))) for n in moving)
         assert not any(any(changed(before[n], state(n))) for n in still)  # buffers too

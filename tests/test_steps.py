@@ -1,0 +1,91 @@
+"""--compile: a compiled step (CPU) and a captured one (CUDA) train as the eager step does.
+
+    pytest tests/test_steps.py
+"""
+
+import functools
+import types
+
+import pytest
+import torch
+
+import common
+import gan_vs_vae
+import imbalance_study
+import latent_opt
+import vae_mnist
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="no CUDA device: capturing a step is not measured"))]
+BASE = {"seed": 0, "epochs": 2, "batch_size": 24, "lr": 1e-3, "latent_dim": 4}
+VAE = BASE | {"arch": "mlp", "hidden": [32], "binarize": "dynamic", "objective": "elbo", "k": 1,
+              "optimizer": "adam"}
+GA_AE = BASE | {"model": "ga-ae", "geometry": 5.0, "code_penalty": 0.01, "rare_digit": 9,
+                "rare_ratio": 0.02}
+LATENT = BASE | {"sigma": 0.4, "latent_lr": 0.01, "latent_steps": 1, "train_size": 100}
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """torch.compile without code generation, which takes half a minute a step."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+
+
+def losses(history: list[dict]) -> list[float]:
+    return [v for row in history for k, v in row.items() if k != "seconds"]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", ["vae", "ga-ae", "latent_opt"])
+def test_a_fast_step_trains_like_an_eager_one(name, device, tmp_path, quick):
+    """Two epochs, several batch sizes, a rate that changes; the second half after a resume that
+    changes the kind of step.
+    """
+    x = torch.rand(100, 1, 28, 28, device=device)
+    train = {"vae": functools.partial(vae_mnist.train, VAE),
+             "ga-ae": functools.partial(imbalance_study.train, GA_AE),
+             "latent_opt": functools.partial(latent_opt.train, "vae", LATENT)}[name]
+    found = []
+    for kind, (first, second) in {"eager": (False, False), "fast": (True, True),
+                                  "mixed": (True, False), "mixed too": (False, True)}.items():
+        folder = tmp_path / kind
+        folder.mkdir()
+        with pytest.MonkeyPatch.context() as patch:
+            def stop(*a, real=common.save_epoch):
+                real(*a)
+                raise KeyboardInterrupt
+            patch.setattr(common, "save_epoch", stop)
+            with pytest.raises(KeyboardInterrupt):
+                train(x, x[:20], folder, types.SimpleNamespace(compile=first, tensorboard=False))
+        args = types.SimpleNamespace(compile=second, tensorboard=False)
+        found.append(losses(train(x, x[:20], folder, args)[-1]))
+    for other in found[1:]:
+        assert other == pytest.approx(found[0], rel=1e-4)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("model", ["gan", "tuned-gan", "vae-gan"])
+def test_fast_steps_of_two_players_are_the_eager_ones(model, device, quick):
+    config = BASE | {"model": model, "loss": "hinge", "z_dim": 4, "lr_d": 1e-3}
+    x, found = torch.rand(24, 1, 28, 28, device=device), []
+    for on in (False, True):
+        torch.manual_seed(0)
+        system = gan_vs_vae.SYSTEMS[model](config, torch.device(device))
+        parts = system.modules | system.optimizers
+        step = common.fast_step(system.step, parts, torch.device(device), on)
+        stages = [0, 1, 2] if model == "vae-gan" else [0]
+        for stage in stages:
+            gan_vs_vae.set_mode(system, True, stage)
+            found.append(torch.stack([step(x, stage) for _ in range(3)]))
+        gan_vs_vae.set_mode(system, False)
+        found.append(gan_vs_vae.draw(system, torch.randn(9, system.z_dim), torch.device(device)))
+    half = len(found) // 2
+    assert all(torch.allclose(a, b, rtol=0.01, atol=0.005)  # Adam amplifies rounding
+               for a, b in zip(found[:half], found[half:], strict=True))
+
+
+def test_adagrad_stays_eager():
+    model = vae_mnist.VAE(VAE)
+    parts = {"model": model, "optimizer": torch.optim.Adagrad(model.parameters())}
+    step = lambda x: x
+    assert common.fast_step(step, parts, torch.device("cpu"), True) is step
