@@ -23,7 +23,9 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 SCRIPTS = {"imbalance_study.py": imbalance_study, "latent_opt.py": latent_opt,
            "gan_vs_vae.py": gan_vs_vae, "vae_mnist.py": vae_mnist}
 TEXTS = {"README.md": README, **{name: script.__doc__ for name, script in SCRIPTS.items()}}
-COMMANDS = [(where, line.split("#")[0].strip().split("python ")[-1])
+# of a line that starts many processes the command of one of them
+one = lambda command: re.sub(r" :::.*|'$", "", re.sub(r"\$SLURM_ARRAY_TASK_ID|{}", "0", command))
+COMMANDS = [(where, one(line.split("#")[0].strip().split("python ")[-1]))
             for where, text in TEXTS.items() for line in text.splitlines()
             if re.search(r"python \w+\.py", line)]
 
