@@ -491,11 +491,11 @@ def digit_mean(values: Tensor, control: Tensor, control_all: Tensor) -> dict[str
 
 def fid_of_samples(config: dict, decoder, mu: Tensor, logvar: Tensor, classifier, f_test: Tensor,
                    device) -> dict[str, float]:
-    """FID of decoded codes from the prior and from a Gaussian with the moments of the training
-    images' codes, mean and variances (N, d) of each.
+    """FID of as many decoded codes as test images, from the prior and from a Gaussian with the
+    moments of the training images' codes, mean and variances (N, d) of each.
     """
     d = mu.shape[1]
-    noise = torch.randn(10_000, d, generator=common.generator(config["seed"], "samples"))
+    noise = torch.randn(len(f_test), d, generator=common.generator(config["seed"], "samples"))
     cov = torch.cov(mu.double().T).view(d, d) + logvar.exp().mean(0).double().diag()
     fitted = mu.mean(0) + noise @ torch.linalg.cholesky(cov).float().T
     look = lambda z: classifier.look(in_chunks(decoder, z, device))[0]

@@ -452,7 +452,7 @@ def evaluate(config: dict, args, data, real, model, history, classifier, folder,
     mu, logvar = encode(x_test).chunk(2, dim=1)
     some = torch.randperm(len(x_test), generator=common.generator("likelihood"))
     some = some[:args.likelihood_images].to(device)
-    z = torch.randn(10_000, d, generator=common.generator(config["seed"], "prior"))
+    z = torch.randn(len(x_test), d, generator=common.generator(config["seed"], "prior"))
     x_gen = decode(z)
     shares, shown = interpolate(data, mu, decode, classifier)
     best = min(history, key=lambda row: row["val_loss"])

@@ -21,6 +21,15 @@ def known_noise():
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def few_test_images(monkeypatch):
+    """Whole runs load 1,000 of the 10,000 test images, to be quick."""
+    def fewer(*a, real=common.load_data):
+        data = real(*a)
+        return data._replace(x_test=data.x_test[:1000], y_test=data.y_test[:1000])
+    monkeypatch.setattr(common, "load_data", fewer)
+
+
 @pytest.fixture(scope="session")
 def data():
     """Real MNIST if it is at hand (in CI it is), glyphs otherwise."""

@@ -21,7 +21,7 @@ SMOKE = ["--dataset", "glyphs", "--train-size", "300", "--epochs", "1", "--test-
 
 
 @pytest.fixture(autouse=True)
-def few_steps(request, monkeypatch):
+def few_steps(request, monkeypatch, few_test_images):
     """Whole runs need not infer well."""
     if "tmp_path" in request.fixturenames:
         monkeypatch.setattr(study, "INFERENCE_STEPS", 40)

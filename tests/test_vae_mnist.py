@@ -24,7 +24,7 @@ CONFIG = {"arch": "mlp", "hidden": [32], "latent_dim": 4, "objective": "elbo", "
 
 
 @pytest.fixture(autouse=True)
-def few_samples(monkeypatch):
+def few_samples(monkeypatch, few_test_images):
     monkeypatch.setattr(study, "IMPORTANCE_SAMPLES", 500)
     monkeypatch.setattr(study, "PAIRS", 20)
 
