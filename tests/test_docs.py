@@ -83,6 +83,27 @@ def vae_table() -> str:
                          f"FID (floor {floor:.2f})"], rows)
 
 
+def latent_runs() -> list:
+    return common.finished_runs(ROOT / "results/published/latent_opt/mnist")
+
+
+def latent_table() -> str:
+    """The README's table: a row per model, under its own decoder."""
+    runs, rows = latent_runs(), []
+    for name, title in latent_opt.MODELS.items():
+        of = lambda *keys, name=name, **more: show(runs, "models", name, *keys, **more)
+        gap = lambda key, of=of: of("gaps", "test", key, "mean")
+        rows.append([title, len(runs), gap("log_px"), gap("elbo"), gap("approximation_gap"),
+                     gap("start_gap") if name == "vae" else "–",
+                     of("squared_error", "optimised", digits=4), of("fid", "prior"),
+                     of("probe_accuracy", digits=3), of("seconds_per_epoch", digits=1)])
+    floor, right = (show(runs, key, digits=d)
+                    for key, d in [("fid_floor", 2), ("supervised_accuracy_subset", 3)])
+    return common.table(["model", "n", "log p(x)", "ELBO, q optimised", "approximation gap",
+                         "amortisation gap", "squared error", f"FID (floor {floor})",
+                         f"probe accuracy (supervised {right})", "s per epoch"], rows)
+
+
 def expect(found: str, runs: list) -> str:
     """A docstring's line: what was found, on what, how long a run took."""
     minutes = np.mean([r["metrics"]["seconds_train"] for r in runs]) / 60
@@ -101,6 +122,13 @@ def vae_expect() -> str:
     runs = vae_runs()["mlp500_z20_dynamic_adam_0.001"]
     return expect(f"20-D, 500 units: −ELBO {show(runs, 'negative_elbo')}, "
                   f"NLL {show(runs, 'likelihood', 'nll')} nats", runs)
+
+
+def latent_expect() -> str:
+    runs = latent_runs()
+    gap = lambda key: show(runs, "models", "vae", "gaps", "test", key, "mean")
+    return expect(f"gaps of the encoder: amortisation {gap('start_gap')}, approximation "
+                  f"{gap('approximation_gap')} nats", runs)
 
 
 def results_readme() -> str:
@@ -124,8 +152,9 @@ def results_readme() -> str:
     return "\n\n".join(parts) + "\n"
 
 
-TABLES = {"imbalance": imbalance_table, "vae": vae_table}
-EXPECT = {"imbalance_study.py": imbalance_expect, "vae_mnist.py": vae_expect}
+TABLES = {"imbalance": imbalance_table, "vae": vae_table, "latent": latent_table}
+EXPECT = {"imbalance_study.py": imbalance_expect, "vae_mnist.py": vae_expect,
+          "latent_opt.py": latent_expect}
 
 
 def current() -> dict[str, str]:
@@ -151,7 +180,7 @@ def test_published_numbers_are_those_of_the_json(name):
     assert text == current()[name], "python tests/test_docs.py writes them anew"
 
 
-@pytest.mark.parametrize("script", [imbalance_study, vae_mnist])
+@pytest.mark.parametrize("script", [imbalance_study, vae_mnist, latent_opt])
 def test_the_published_report_is_rebuilt_byte_for_byte(tmp_path, script):
     copy = tmp_path / script.__name__
     shutil.copytree(ROOT / "results/published" / script.__name__, copy)
