@@ -7,6 +7,7 @@ out: the rare class's lift is its share among samples over its share in training
 
     python imbalance_study.py --model ga-ae --rare-digit 9           # the main job
     python imbalance_study.py --geometry 0 5 --seeds 0 1 2           # the study with its ablation
+    python imbalance_study.py --model ga-ae --rare-digit 0 1 2 3 4 5 6 7 8 9 --rare-ratio 0.005 0.02
     python imbalance_study.py --dataset glyphs --train-size 2000 --epochs 1 --samples 2000  # smoke
 
 Writes results/imbalance_study/<dataset>/<variant>/seed_<s>/ (weights, metrics, pictures) and, from
@@ -34,6 +35,7 @@ arXiv:1912.04958 (lazy regularization); Ghosh et al. 2020, arXiv:1903.12436 (ex-
 et al. 2020, arXiv:2002.09797 (density, coverage); Rogan and Gladen 1978 (correction).
 """
 
+import itertools
 import math
 import time
 from pathlib import Path
@@ -65,8 +67,8 @@ def parse_args(argv=None):
     flag, number = p.add_argument, common.number
     flag("--model", choices=["vae", "ae", "ga-ae"], nargs="+", default=["vae", "ae", "ga-ae"],
          help="what to train")
-    flag("--rare-digit", type=number(int, 0, 9), default=9, help="the class made rare")
-    flag("--rare-ratio", type=number(float, 0, 0.5, above=True), default=0.02,
+    flag("--rare-digit", type=number(int, 0, 9), nargs="+", default=[9], help="the class made rare")
+    flag("--rare-ratio", type=number(float, 0, 0.5, above=True), nargs="+", default=[0.02],
          help="its share")
     flag("--latent-dim", type=number(int, 1), default=16, help="dimensions of z")
     flag("--beta", type=number(float, 0), default=1.0, help="vae: weight of the KL term")
@@ -82,16 +84,16 @@ def parse_args(argv=None):
 def grid(args, dataset: str) -> list[dict]:
     """The configuration of every run asked for, without what does not change its training."""
     runs = []
-    for model in dict.fromkeys(args.model):
-        for geometry in dict.fromkeys(args.geometry if model == "ga-ae" else [None]):
-            for seed in dict.fromkeys(args.seeds):
-                own = {"vae": {"beta": args.beta}, "ae": {},
-                       "ga-ae": {"code_penalty": args.code_penalty, "geometry": geometry}}[model]
-                runs.append({
-                    "dataset": dataset, "model": model, "rare_digit": args.rare_digit,
-                    "rare_ratio": args.rare_ratio, "train_size": args.train_size or 50_000,
-                    "epochs": args.epochs, "batch_size": args.batch_size, "lr": args.lr,
-                    "latent_dim": args.latent_dim, **own, "seed": seed})
+    for digit, ratio, model, geometry, seed in itertools.product(
+            args.rare_digit, args.rare_ratio, args.model, args.geometry, args.seeds):
+        own = {"vae": {"beta": args.beta}, "ae": {},
+               "ga-ae": {"code_penalty": args.code_penalty, "geometry": geometry}}[model]
+        run = {"dataset": dataset, "model": model, "rare_digit": digit, "rare_ratio": ratio,
+               "train_size": args.train_size or 50_000, "epochs": args.epochs,
+               "batch_size": args.batch_size, "lr": args.lr, "latent_dim": args.latent_dim, **own,
+               "seed": seed}
+        if run not in runs:  # a value given twice, a model without a geometry
+            runs.append(run)
     return runs
 
 
@@ -624,12 +626,56 @@ def report(root: Path) -> str:
     dataset = common.DATASETS[runs[0]["config"]["dataset"]]
     parts = [f"# The imbalance study on {dataset}\n\nDoes a generative model keep a rare class, "
              "and does the geometry of its latent space matter?"]
-    for i, key in enumerate(sorted(cells, key=str)):
-        parts += section(root, dict(key), cells[key], f"cell{i}_" if i else "")
+    parts += across(root, cells, "rare_digit") + across(root, cells, "rare_ratio")
+    stems = []  # of the cells' pictures
+    for key in sorted(cells, key=str):
+        cell = dict(key)
+        stem = f"digit{cell['rare_digit']}_{100 * cell['rare_ratio']:g}pct"
+        stems.append(stem)
+        again = stems.count(stem)
+        parts += section(root, cell, cells[key], f"{stem}_{again}" if again > 1 else stem)
     parts.append(common.how_made(common.by_configuration(runs, variant)))
     text = "\n\n".join(part for part in parts if part) + "\n"
     common.save_text(root / "report.md", text)
     return text
+
+
+def across(root: Path, cells: dict, axis: str) -> list[str]:
+    """What changes with the "rare_digit" or the "rare_ratio": a sentence per model, a table and a
+    picture of all runs that are alike in everything else, for local codes.
+    """
+    alike: dict[tuple, dict] = {}  # model -> digit or ratio -> runs
+    for key in sorted(cells, key=str):
+        rest = tuple(item for item in key if item[0] != axis)
+        for m, runs in cells[key].items():
+            if values(runs, "local", "fid"):
+                alike.setdefault(rest, {}).setdefault(m, {})[dict(key)[axis]] = runs
+    lines = []
+    for rest, of in alike.items():
+        several = {m: dict(sorted(found.items())) for m, found in of.items() if len(found) > 1}
+        if not several:
+            continue
+        cell, digits = dict(rest), axis == "rare_digit"
+        where = f"{100 * cell['rare_ratio']:g} %" if digits else f"digit {cell['rare_digit']}"
+        name = lambda v, digits=digits: f"digit {v}" if digits else f"{100 * v:g} %"
+        said = []
+        for m, found in several.items():
+            lifts = {v: values(runs, "local", "calibrated_lift") for v, runs in found.items()}
+            low, high = (f(lifts, key=lambda v, of=lifts: np.mean(of[v])) for f in (min, max))
+            good = sum(met("calibrated lift", lift) for lift in lifts.values())
+            said.append(f"{m}: calibrated lift within {CRITERIA['calibrated lift'][0]:g}–"
+                        f"{CRITERIA['calibrated lift'][1]:g} for {good} of {len(lifts)}, from "
+                        f"{np.mean(lifts[low]):.2f} ({name(low)}) to {np.mean(lifts[high]):.2f} "
+                        f"({name(high)})")
+        file = f"digits_{100 * cell['rare_ratio']:g}pct" if digits else (
+            f"ratios_digit{cell['rare_digit']}")
+        file += f"_{len(lines)}.png" if any(f"{file}.png" in line for line in lines) else ".png"
+        (digits_figure if digits else ratios_figure)(root / file, several)
+        lines += [f"## Every {'digit at' if digits else 'ratio,'} {where}",
+                  "With local codes, " + "; ".join(said) + ".",
+                  criteria_table({f"{m}, {name(v)}": runs for m, found in several.items()
+                                  for v, runs in found.items()}), f"![{where}]({file})"]
+    return lines
 
 
 def values(runs: list, sampler: str, key: str) -> list:
@@ -660,13 +706,14 @@ def section(root: Path, cell: dict, models: dict[str, list], stem: str) -> list[
     """The report on one rare class: answer, tables, why arg-max misleads, ablation, pictures."""
     order = [m for m in ["vae", "ae", "ga-ae λ=0", "ga-ae"] if m in models]
     models = {m: models[m] for m in [*order, *sorted(set(models) - set(order))]}
-    digit, stem = cell["rare_digit"], f"{stem}digit{cell['rare_digit']}"
+    digit = cell["rare_digit"]
     head = {m: HEADLINE[runs[0]["config"]["model"]] for m, runs in models.items()}
     head = {m: s for m, s in head.items() if values(models[m], s, "rare_lift")}
     lines = [f"## Digit {digit} at {100 * cell['rare_ratio']:g} % of {cell['train_size']:,} "
              f"training images, {cell['epochs']} epochs", answer(digit, models, head),
              lift_table(models, head), quality_table(models, head),
-             criteria_table(models), temperature_table(models), geometry_table(models)]
+             "### Criteria, with local codes", criteria_table(models), temperature_table(models),
+             geometry_table(models)]
     shown = {m: models[m][0]["folder"].as_posix() for m in head}
     picture = lambda m, name: f"![{m}: {name}]({shown[m]}/{name})" if (
         root / shown[m] / name).exists() else ""
@@ -820,17 +867,13 @@ def quality_table(models: dict, head: dict) -> str:
 def criteria_table(models: dict) -> str:
     """What counts as keeping the rare class, for every model with the local sampler."""
     keys = ["calibrated_lift", "clear_lift", "coverage_ratio", "fid_ratio", "copying"]
-    rows = []
-    for m, runs in models.items():
-        cells = [values(runs, "local", key) for key in keys]
-        if all(cells):
-            rows.append([f"{m}, local", *[f"{common.mean_std(found)} "
-                                          f"{'met' if met(name, found) else 'missed'}"
-                                          for name, found in zip(CRITERIA, cells, strict=True)]])
+    rows = [[m, *[f"{common.mean_std(found)} {'met' if met(name, found) else 'missed'}"
+                  if (found := values(runs, "local", key)) else "–"
+                  for name, key in zip(CRITERIA, keys, strict=True)]]
+            for m, runs in models.items() if values(runs, "local", "fid")]
     title = lambda name, low, high: f"{name} " + (
         f"≤ {high:g}" if not low else f"≥ {low:g}" if high == math.inf else f"{low:g}–{high:g}")
-    return "### Criteria\n\n" + common.table(["", *[title(name, *span) for name, span in
-                                                 CRITERIA.items()]], rows) if rows else ""
+    return common.table(["", *[title(name, *span) for name, span in CRITERIA.items()]], rows)
 
 
 def temperature_table(models: dict) -> str:
@@ -912,6 +955,18 @@ def histogram_figure(path: Path, models: dict, head: dict) -> None:
     common.save_figure(path, figure)
 
 
+def heat_map(axes, cells: np.ndarray, rows: list, columns: list, title: str, ideal: int) -> None:
+    """Cells (rows, columns) with their values, darker the further from the ideal, 1 or 0."""
+    far = np.abs(np.log(np.maximum(cells, 0.05))) if ideal else cells
+    axes.imshow(far, cmap="Blues", vmin=0, vmax=1.6 * np.nanmax([*far.flat, 0.1]),
+                aspect="auto")
+    for (i, j), v in np.ndenumerate(cells):
+        axes.text(j, i, f"{v:.2f}" if np.isfinite(v) else "–", ha="center", va="center")
+    axes.set_xticks(range(len(columns)), columns)
+    axes.set_yticks(range(len(rows)), rows)
+    axes.set_title(f"{title} ({'1 is faithful' if ideal else 'lower is better'})", fontsize=10)
+
+
 def ablation_figure(path: Path, models: dict) -> None:
     figure = Figure(figsize=(12, 1.2 + 0.6 * len(models)))
     for axes, (key, name, ideal) in zip(figure.subplots(1, 3), [
@@ -919,13 +974,44 @@ def ablation_figure(path: Path, models: dict) -> None:
             ("fid", "FID", 0)], strict=True):
         cells = np.array([[np.mean(values(runs, s, key) or [np.nan]) for s in SAMPLERS]
                           for runs in models.values()])
-        far = np.abs(np.log(np.maximum(cells, 0.05))) if ideal else cells
-        axes.imshow(far, cmap="Blues", vmin=0, vmax=np.nanmax(far) * 1.6, aspect="auto")
-        for (i, j), v in np.ndenumerate(cells):
-            axes.text(j, i, f"{v:.2f}" if np.isfinite(v) else "–", ha="center", va="center")
-        axes.set_xticks(range(len(SAMPLERS)), SAMPLERS)
-        axes.set_yticks(range(len(models)), list(models))
-        axes.set_title(f"{name} ({'1 is faithful' if ideal else 'lower is better'})", fontsize=10)
+        heat_map(axes, cells, list(models), SAMPLERS, name, ideal)
+    figure.tight_layout()
+    common.save_figure(path, figure)
+
+
+ACROSS = [("calibrated_lift", "calibrated lift", 1), ("clear_lift", "clear lift", 1),
+          ("coverage_ratio", "rare coverage / real", 1), ("fid_ratio", "FID / floor", 0)]
+
+
+def digits_figure(path: Path, several: dict) -> None:
+    """Mean over seeds for each model and digit."""
+    digits = sorted({v for found in several.values() for v in found})
+    figure = Figure(figsize=(12, 2 * (0.8 + 0.35 * len(several))))
+    for axes, (key, name, ideal) in zip(figure.subplots(2, 2).flat, ACROSS, strict=True):
+        cells = np.array([[np.mean(values(found.get(v, []), "local", key) or [np.nan])
+                           for v in digits] for found in several.values()])
+        heat_map(axes, cells, list(several), digits, name, ideal)
+    figure.tight_layout()
+    common.save_figure(path, figure)
+
+
+def ratios_figure(path: Path, several: dict) -> None:
+    """Mean and standard deviation over seeds for each model against the rare class's share."""
+    figure = Figure(figsize=(14, 3))
+    for axes, (key, name, _) in zip(figure.subplots(1, 4), ACROSS, strict=True):
+        for m, found in several.items():
+            of = {100 * v: values(runs, "local", key) for v, runs in found.items()}
+            of = {v: seeds for v, seeds in of.items() if seeds}
+            axes.errorbar(list(of), [np.mean(seeds) for seeds in of.values()],
+                          [np.std(seeds) for seeds in of.values()], marker="o", ms=4, capsize=3,
+                          label=m)
+        axes.axhline(1, color="k", lw=0.8, ls=":")
+        axes.set(xscale="log", xlabel="rare class, % of training images", title=name)
+        ticks = sorted({100 * v for found in several.values() for v in found})
+        axes.set_xticks(ticks, [f"{v:g}" for v in ticks])
+        axes.minorticks_off()
+        axes.set_ylim(bottom=0)
+    figure.axes[0].legend(fontsize=8)
     figure.tight_layout()
     common.save_figure(path, figure)
 

@@ -313,9 +313,13 @@ def test_one_latent_dimension_and_a_common_rare_class(tmp_path):
     argv = [*SMOKE, "--model", "ae", "--sampler", "local", "--out-dir", str(tmp_path)]
     metrics = study.main([*argv, "--latent-dim", "1", "--rare-ratio", "0.5"])
     assert metrics["ae_digit9_50pct/seed_0"]["n_train_rare"] == 500
-    study.main([*argv, "--rare-digit", "3"])  # a second section in the same report
+    grid = study.main([*argv, "--rare-digit", "9", "3", "3", "--rare-ratio", "0.1", "0.2"])
+    assert len(grid) == 4  # in the same report
     text = (tmp_path / "imbalance_study/glyphs/report.md").read_text()
-    assert "## Digit 9 at 50 %" in text and "## Digit 3 at 2 %" in text
+    for words in ["## Digit 9 at 50 %", "## Digit 3 at 20 %", "## Every digit at 10 %",
+                  "## Every digit at 20 %", "## Every ratio, digit 9", "## Every ratio, digit 3"]:
+        assert words in text
+    assert "## Every digit at 50 %" not in text
     assert all((tmp_path / "imbalance_study/glyphs" / name).exists()
                for name in re.findall(r"\]\(([^)]+)\)", text))
 
