@@ -14,7 +14,7 @@ Writes results/latent_opt/<dataset>/<variant>/seed_<s>/ (weights of chosen epoch
 log_probabilities.npy, pictures) and results/latent_opt/<dataset>/report.md.
 
 Expect: gaps of the encoder: amortisation 4.12, approximation 3.20 nats (n=1);
-7 min to train a run; cpu: AMD EPYC, torch 2.15.0+cu132.
+7 min to train and 30 min to measure a run; cpu: AMD EPYC, torch 2.15.0+cu132.
 
 Differences from the source project:
  1. The optimised latents are a Gaussian each, not a point: a point has no bound and no likelihood.
@@ -292,7 +292,7 @@ def train(kind: str, config: dict, x: Tensor, x_val: Tensor, folder: Path, args)
         optimizer.step()
         return losses.detach()
 
-    # latents stay eager: which rows a step moves changes from step to step
+    # latents stay eager: each step moves other rows
     step = step_latent_opt if kind == "latent_opt" else common.fast_step(
         step_vae, parts, x.device, args.compile)
     board = common.summary_writer(folder / "logs" / kind) if args.tensorboard else None
@@ -481,7 +481,7 @@ def digit_mean(values: Tensor, control: Tensor, control_all: Tensor) -> dict[str
 
     The regression estimator: mean + b (mean of the control over all - over these), whose variance
     is that of the residual over n plus that of b times the control over N. Source: Cochran 1977,
-    chapter 7.
+    chapter 12 (double sampling).
     """
     centred = control - control.mean()
     b = (centred * values).sum() / centred.square().sum() * (len(values) >= 10)  # few: plain mean
@@ -515,25 +515,31 @@ def probe(z: Tensor, y: Tensor, z_test: Tensor, y_test: Tensor) -> float:
 
 
 def ink_test(ink: Tensor, y: Tensor, log_px: Tensor) -> dict:
-    """How much of log p(x) stroke area explains, and what the digit adds.
+    """How much of the variance of log p(x) stroke area (the sum of pixels), the digit and both
+    explain; whether the digit adds to the area (F test); log p(x) of each digit at the mean area,
+    nats, None for a digit that hardly ever has so much or so little.
 
-    Least squares on the ink (sum of pixels) and its square, then with the digit; the F test of the
-    digit's nine parameters beyond the ink, and log p(x) of each digit at the mean ink, nats.
+    Least squares on the area and its square; on the digit; on those with a slope for each digit.
     """
     from scipy.stats import f  # comes with scikit-learn
 
     t = ((ink - ink.mean()) / ink.std()).double()
     one, target = F.one_hot(y, 10).double(), log_px.double()
-    total, rest = (target - target.mean()).square().sum(), {}
-    for key, columns in [("ink", torch.stack([torch.ones_like(t), t, t.square()], 1)),
-                         ("both", torch.cat([one, t[:, None], t.square()[:, None]], 1))]:
-        fit = torch.linalg.lstsq(columns, target[:, None]).solution
+    square, total, rest = t.square()[:, None], (target - target.mean()).square().sum(), {}
+    for key, columns in {"ink": torch.cat([torch.ones_like(square), t[:, None], square], 1),
+                         "digit": one,
+                         "both": torch.cat([one, one * t[:, None], square], 1)}.items():
+        fit = torch.linalg.lstsq(columns, target[:, None], driver="gelsd").solution
         rest[key] = (target - (columns @ fit)[:, 0]).square().sum()
-    free = max(len(y) - 12, 1)
-    value = float((rest["ink"] - rest["both"]) / 9 / (rest["both"] / free))
-    return {"r2_ink": float(1 - rest["ink"] / total), "f": value, "p": float(f.sf(value, 9, free)),
-            "r2_ink_and_digit": float(1 - rest["both"] / total),
-            "at_mean_ink": fit[:10, 0].tolist()}
+    free = max(len(y) - 21, 1)
+    value = float((rest["ink"] - rest["both"]) / 18 / (rest["both"] / free))
+    reach = [t[y == digit].quantile(torch.tensor([0.05, 0.95]).double()) for digit in range(10)]
+    return {"r2_ink": float(1 - rest["ink"] / total), "r2_digit": float(1 - rest["digit"] / total),
+            "r2_both": float(1 - rest["both"] / total), "p": float(f.sf(value, 18, free)),
+            "slope": float(torch.linalg.lstsq(
+                torch.stack([torch.ones_like(t), t], 1), target[:, None]).solution[1]),
+            "at_mean_ink": [float(fit[digit]) if low < 0 < high else None
+                            for digit, (low, high) in enumerate(reach)]}
 
 
 def evaluate(config: dict, args, data, part, trained: dict, real, classifier, folder,
@@ -718,8 +724,8 @@ def report(root: Path) -> str:
     for of in groups.values():
         c = of[0]["config"]
         parts += [f"## d = {c['latent_dim']}, σ = {c['sigma']:g}, {c['epochs']} epochs of "
-                  f"{c['train_size']:,} images, n={len(of)}", answer(of), gap_room(of),
-                  starts_room(of), quality_room(of), digits_room(of), pictures_room(of)]
+                  f"{c['train_size']:,} images, n={len(of)}", answer(of), gap_section(of),
+                  starts_section(of), quality_section(of), digits_section(of), pictures_section(of)]
     parts.append(common.how_made(groups))
     text = "\n\n".join(parts) + "\n"
     common.save_text(root / "report.md", text)
@@ -731,22 +737,6 @@ def show(runs: list, *keys, digits: int = 2, times: float = 1) -> str:
     return common.mean_std([times * v for v in get(runs, "models", *keys)], digits)
 
 
-def latent_against_vae(runs: list, *keys, vae: tuple = (), digits: int = 2) -> str:
-    """Latent optimisation minus the amortised VAE in one metric, paired by seed, as text."""
-    return common.paired(get(runs, "models", "latent_opt", *keys),
-                         get(runs, "models", "vae", *(vae or keys)), digits=digits)
-
-
-def better(runs: list, *keys, vae: tuple = (), lower: bool = True) -> str:
-    """Which model has the better value of a metric, with the paired difference: a clause."""
-    text = latent_against_vae(runs, *keys, vae=vae, digits=4 if "squared_error" in keys else 2)
-    if "a significant" not in text:
-        return f"neither measurably ({text})"
-    pair = [np.mean(get(runs, "models", name, *of)) for name, of in [
-        ("latent_opt", keys), ("vae", vae or keys)]]
-    return f"{MODELS['latent_opt' if (pair[0] < pair[1]) == lower else 'vae']} ({text})"
-
-
 def answer(runs: list) -> str:
     gap = lambda key: show(runs, "vae", "gaps", "test", key, "mean")
     share = show(runs, "vae", "gaps", "test", "better_share", digits=1, times=100)
@@ -754,64 +744,83 @@ def answer(runs: list) -> str:
                                    for key in ["start_gap", "approximation_gap"])
     text = common.paired(amortisation, approximation)
     larger = "amortisation" if np.mean(amortisation) > np.mean(approximation) else "approximation"
-    said = (f"The {larger} gap is the larger" if "a significant" in text else
-            "Which gap is the larger cannot be told")
+    said = f"the {larger} gap is the larger" if "a significant" in text else (
+        "one seed does not tell which is the larger" if len(runs) < 2 else
+        "which is the larger cannot be told")
+    c = runs[0]["config"]
     return (f"**Answer.** On test images the encoder's bound is {gap('start_gap')} nats below that "
-            "of the diagonal Gaussian optimised for each image under the same decoder (the "
-            f"amortisation gap; optimising is better for {share} % of them), and that one "
-            f"{gap('approximation_gap')} nats below the estimate of log p(x) (the approximation "
-            f"gap). {said}: {text}, amortisation less approximation. "
-            "Between the models, latent optimisation less amortised VAE, the better is: in log "
-            "p(x) of test images "
-            f"{better(runs, 'gaps', 'test', 'log_px', 'mean', lower=False)}; in squared error of "
-            "reconstructions, optimised means against the encoder's, "
-            f"{better(runs, 'squared_error', 'optimised', vae=('squared_error', 'start'))}, "
-            f"optimised against optimised {better(runs, 'squared_error', 'optimised')}; in FID of "
-            f"prior samples {better(runs, 'fid', 'prior')}.")
+            "of the best diagonal Gaussian for each image under the same decoder (the amortisation "
+            f"gap; that Gaussian is better for {share} % of the images), and that bound "
+            f"{gap('approximation_gap')} nats below log p(x) (the approximation gap); {said}: "
+            f"{text}.\n\n" + comparison(runs) + "\n\n"
+            "Squared errors are per pixel, of decoded means; FID is of decoder means. The models "
+            "are compared after equal epochs, not at their best: after "
+            f"{c['epochs'] * c['latent_steps']} small steps each, the latents of training images "
+            f"are still {show(runs, 'latent_opt', 'gaps', 'train', 'start_gap', 'mean')} nats "
+            "short of their own optimum.")
 
 
-def gap_room(runs: list) -> str:
+def comparison(runs: list) -> str:
+    """Latent optimisation against the amortised VAE, a row per question, paired by seed."""
+    floor = common.mean_std(sorted(set(get(runs, "fid_floor"))), 2)
+    rows = []
+    for what, keys, vae, lower, digits in [
+            ("log p(x) of test images, nats", ("gaps", "test", "log_px", "mean"), None, False, 2),
+            ("squared error of test images, optimised against the encoder's codes",
+             ("squared_error", "optimised"), ("squared_error", "start"), True, 4),
+            ("squared error of test images, both optimised", ("squared_error", "optimised"), None,
+             True, 4),
+            (f"FID of prior samples (floor {floor})", ("fid", "prior"), None, True, 2),
+            (f"FID of samples from a Gaussian fitted to the codes (floor {floor})",
+             ("fid", "gaussian"), None, True, 2)]:
+        a, b = (get(runs, "models", *path) for path in [("latent_opt", *keys),
+                                                        ("vae", *(vae or keys))])
+        text = common.paired(a, b, digits=digits)
+        best = MODELS["latent_opt" if (np.mean(a) < np.mean(b)) == lower else "vae"]
+        rows.append([what, common.mean_std(b, digits), common.mean_std(a, digits),
+                     text.split("(", 1)[1].rstrip(")") if len(runs) > 1 else text.split(" ")[0],
+                     best if "a significant" in text else
+                     "one seed: not tested" if len(runs) < 2 else "not told apart"])
+    return common.table(["", *MODELS.values(), "difference, 95 % interval", "better"], rows)
+
+
+def gap_section(runs: list) -> str:
     def with_interval(name, where, key):
         m = [v["gaps"][where][key] for v in get(runs, "models", name)]
         half = 1.96 * np.mean([v["se"] for v in m])
-        return f"{common.mean_std([v['mean'] for v in m])} (± {half:.2f})"
+        return f"{common.mean_std([v['mean'] for v in m])} [{half:.2f}]"
 
     rows = [[f"{MODELS[name]}, {where}",
              *[with_interval(name, where, key) for key in ["start", "elbo", "log_px", "start_gap",
                                                            "approximation_gap"]],
-             show(runs, name, "gaps", where, "better_share", digits=1, times=100),
              show(runs, name, "gaps", where, "ess_median", digits=0),
              show(runs, name, "gaps", where, "ess_below_50", digits=1, times=100)]
             for name in MODELS for where in ["test", "train"]]
     m = runs[0]["metrics"]
     of = [v["gaps"][where] for name in MODELS for v in get(runs, "models", name)
           for where in ["test", "train"]]
-    error, few = (max(v[key] for v in of) for key in ["sampling_error", "ess_below_50"])
-    below, worst = (max(v["below_elbo_share"] for v in of), min(v["ess_median"] for v in of))
-    largest = max(v["largest_log_px"] for name in MODELS for v in get(runs, "models", name))
+    error, below = (max(v[key] for v in of) for key in ["sampling_error", "below_elbo_share"])
+    worst = min(v["ess_median"] for v in of)
     return "### Where the gap lies\n\n" + common.table(
         ["", "ELBO of the start", "ELBO optimised", "log p(x)", "gap of the start",
-         "approximation gap", "optimised is better (%)", "median ESS", "ESS < 50 (%)"], rows) + (
-        f"\n\nNats per image, {m['n_test']:,} test and {m['n_train']} training images; mean ± "
-        "standard deviation over seeds, in brackets the 95 % half-width over images. The start is "
-        "the encoder's q for the amortised VAE (its gap is the amortisation gap); for latent "
-        "optimisation it is the PCA start on test images and, on training images, the trained "
-        "latents: what is left there is how far training, a few small steps for each image, was "
-        f"from done. q is optimised in {INFERENCE_STEPS} steps of Adam with 4 codes. log p(x) by "
-        f"importance sampling with {m['codes']:,} codes, a lower bound in expectation (so is the "
-        "approximation gap), loose where the effective sample size (ESS) is small: its median is "
-        f"{worst:.0f} or more ({'at least' if worst >= 50 else 'less than'} the 50 aimed at), at "
-        f"most {100 * few:.1f} % of a set are below 50. The sampling error of a mean is "
-        f"{error:.2f} nats at most, where ESS is large enough to tell; the estimate is below the "
-        f"optimised ELBO, which it cannot truly be, for at most {100 * below:.1f} % of a set. The "
-        f"largest log p(x) is {largest:.2f}; none can exceed {m['largest_log_px']:.3f}, a perfect "
-        "reconstruction.")
+         "approximation gap", "median ESS", "ESS < 50 (%)"], rows) + (
+        f"\n\nNats per image of {m['n_test']:,} test images, as many of each digit, and of "
+        f"{m['n_train']} training images; ± is the standard deviation over seeds, [] the 95 % "
+        "half-width over images, which more seeds do not shrink. The start is the encoder's "
+        "Gaussian for the amortised VAE, so that its gap is the amortisation gap; for latent "
+        "optimisation it is that of PCA on test images and the trained latents on training images. "
+        f"Optimising is {INFERENCE_STEPS} steps of Adam with 4 codes. log p(x) is by importance "
+        f"sampling with {m['codes']:,} codes, a lower bound in expectation and so is the "
+        "approximation gap. A small effective sample size (ESS) means a looser one: the median is "
+        f"{worst:.0f} or more{'' if worst >= 50 else ', less than the 50 aimed at'}, and the "
+        f"sampling error of a mean {error:.2f} nats at most. The estimate is below the optimised "
+        f"bound, as log p(x) cannot be, for {'none' if not below else f'{100 * below:.1f} %'} of "
+        "the images.")
 
 
-def starts_room(runs: list) -> str:
+def starts_section(runs: list) -> str:
     models = runs[0]["metrics"]["models"]
-    rows = [[f"{MODELS[name]}: {label}", show(runs, name, "starts", label, "mean"),
-             show(runs, name, "starts", label, "seconds", digits=1)]
+    rows = [[f"{MODELS[name]}: {label}", show(runs, name, "starts", label, "mean")]
             for name in MODELS for label in models[name]["starts"]]
     said = []
     for name in MODELS:
@@ -822,97 +831,110 @@ def starts_room(runs: list) -> str:
         below = models[name]["starts"][label]["below_best"]
         best = min(worst, key=worst.get).split(",")[0]
         said.append(f"{MODELS[name]}: " + (
-            f"{best} is the best start, {label.split(',')[0]} {worst[label]:.2f} below it"
+            f"{best} is the best start, {label.split(',')[0]} ends {worst[label]:.2f} nats below it"
             if worst[label] > 2 * below["se"] and worst[label] > 0.01 else
-            f"no start is better, {worst[label]:.2f} ± {below['se']:.2f} between them"))
+            f"all starts end within {max(worst[label], 0.001):.3f} nats of each other"))
     return "### Where to start from\n\n" + common.table(
-        ["decoder: start", "ELBO (nats)", "s"], rows) + (
-        f"\n\nELBO of {runs[0]['metrics']['n_train']} test images after optimising q. After all "
-        f"steps, {'; '.join(said)}. The PCA start is meaningful for latent optimisation, which was "
-        "trained from it; for the amortised decoder its axes are arbitrary.")
+        ["decoder: start", "ELBO (nats)"], rows) + (
+        f"\n\nELBO of {runs[0]['metrics']['n_train']} test images after optimising. After "
+        f"{INFERENCE_STEPS} steps, {'; '.join(said)}.")
 
 
-def quality_room(runs: list) -> str:
-    rows = [[f"squared error per pixel, test images, {what}",
-             *[show(runs, name, "squared_error", key, digits=4) for name in MODELS]]
-            for key, what in [("start", "from the start's means"),
-                              ("optimised", "from the optimised means")]]
-    rows += [["squared error per pixel, training images, as trained",
+def quality_section(runs: list) -> str:
+    m, last = runs[0]["metrics"], [run["history"][-1] for run in runs]
+    rows = [[f"{what} of training images, last epoch (nats)",
+             *[common.mean_std([row[f"{name}_{key}"] for row in last]) for name in MODELS]]
+            for key, what in [("reconstruction", "−log p(x given z)"), ("kl", "KL")]]
+    rows += [["squared error, test images, from the encoder's means / PCA means",
+              *[show(runs, name, "squared_error", "start", digits=4) for name in MODELS]],
+             [f"squared error, {m['n_train']} training images, codes as trained",
               *[show(runs, name, "squared_error", "training images", digits=4)
                 for name in MODELS]],
-             *[[f"FID, {key} samples", *[show(runs, name, "fid", key) for name in MODELS]]
-               for key in ["prior", "gaussian"]],
              ["linear probe of the codes, accuracy (%)",
               *[show(runs, name, "probe_accuracy", times=100, digits=1) for name in MODELS]],
-             ["s per epoch", *[show(runs, name, "seconds_per_epoch", digits=1)
-                               for name in MODELS]],
-             ["s to infer the test images", f"{show(runs, 'vae', 'seconds_to_encode')} (encoder)",
-              f"{show(runs, 'latent_opt', 'seconds_to_infer', digits=0)} (optimising)"]]
+             ["s per epoch (median)", *[show(runs, name, "seconds_per_epoch", digits=1)
+                                        for name in MODELS]],
+             ["s to train", *[show(runs, name, "seconds_train", digits=0) for name in MODELS]],
+             [f"s to infer {m['n_test']:,} test images",
+              f"{show(runs, 'vae', 'seconds_to_encode')} (encoder)",
+              f"{show(runs, 'latent_opt', 'seconds_to_infer', digits=0)} (optimising)"],
+             ["parameters besides the decoder", f"{m['parameters']['encoder']:,} (encoder)",
+              f"{m['parameters']['latents']:,} (latents)"]]
     ratio = [b / a for a, b in zip(*[get(runs, "models", name, "seconds_per_epoch")
                                      for name in MODELS], strict=True)]
-    m = runs[0]["metrics"]
     accuracy = lambda key: common.mean_std([100 * v for v in get(runs, key)])
     fitted = "; ".join(f"{title} " + common.paired(*[get(runs, "models", name, "fid", key)
                                                      for key in ["gaussian", "prior"]])
                        for name, title in MODELS.items())
-    half = lambda name: np.mean([196 * math.sqrt(p * (1 - p) / m["n_test"])
-                                 for p in get(runs, "models", name, "probe_accuracy")])
+    half = np.mean([196 * math.sqrt(p * (1 - p) / m["n_test"])
+                    for name in MODELS for p in get(runs, "models", name, "probe_accuracy")])
     return "### Reconstructions, samples, codes, cost\n\n" + common.table(
         ["", *MODELS.values()], rows) + (
-        "\n\nFID of a Gaussian fitted to the training images' codes less that of the prior: "
-        f"{fitted}. FID is in the features of the metric classifier, not "
-        "Inception's, of 10,000 decoded means against 10,000 test images, where training images "
-        f"score {common.mean_std(sorted(set(get(runs, 'fid_floor'))), 3)}. Probes see the codes of "
-        f"the same training images and are tested on {m['n_test']:,} test images (95 % half-width "
-        f"{half('vae'):.1f} and {half('latent_opt'):.1f} points), for latent optimisation "
-        "on codes inferred in more steps than its training codes had. The supervised classifier "
-        f"scores {accuracy('supervised_accuracy_subset')} % on those and "
+        "\n\nFID of the fitted Gaussian less that of the prior (negative: the fitted one samples "
+        f"better): {fitted}. FID is in the features of the metric classifier, not Inception's. "
+        f"Probes are tested on {m['n_test']:,} images (95 % half-width {half:.1f} points); for "
+        "latent optimisation those codes took more steps than the training codes had, which may "
+        "cost it accuracy. The supervised classifier scores "
+        f"{accuracy('supervised_accuracy_subset')} % on the same and "
         f"{accuracy('supervised_accuracy')} % on all test images, after "
         f"{common.mean_std(get(runs, 'seconds_supervised'), 0)} s. An epoch of latent optimisation "
-        f"costs {common.mean_std(ratio)} × one of the amortised VAE, and "
-        f"{m['parameters']['latents']:,} latent parameters stand in for the encoder's "
-        f"{m['parameters']['encoder']:,}.")
+        f"costs {common.mean_std(ratio)} × one of the amortised VAE; the machine did other work "
+        "beside, so a tenth more or less means nothing.")
 
 
-def digits_room(runs: list) -> str:
+def digits_section(runs: list) -> str:
     rows, said = [], []
+    of = {name: [[m[digit] for m in get(runs, "models", name, "log_px_by_digit")]
+                 for digit in range(10)] for name in MODELS}
+    ink = {name: get(runs, "models", name, "ink") for name in MODELS}
+    at = {name: [[v["at_mean_ink"][digit] for v in ink[name]] for digit in range(10)]
+          for name in MODELS}  # None: hardly a digit has that area
     for digit in range(10):
-        of = {name: [m[digit] for m in get(runs, "models", name, "log_px_by_digit")]
-              for name in MODELS}
         rows.append([digit, *[cell for name in MODELS for cell in [
-            common.mean_std([m["mean"] for m in of[name]]),
-            f"{np.mean([m['se'] for m in of[name]]):.2f} / "
-            f"{np.mean([m['sampling_error'] for m in of[name]]):.2f}",
-            common.mean_std([v[digit] for v in get(runs, "models", name, "ink", "at_mean_ink")])]]])
+            common.mean_std([m["mean"] for m in of[name][digit]]),
+            f"{np.mean([m['se'] for m in of[name][digit]]):.2f}",
+            "–" if None in at[name][digit] else common.mean_std(at[name][digit])]]])
+
+    def extreme(name, sign):
+        """The most (1) or least (-1) probable digit, and those within two standard errors of it."""
+        mean = [sign * np.mean([m["mean"] for m in ms]) for ms in of[name]]
+        error = [np.mean([m["se"] for m in ms]) for ms in of[name]]
+        first = int(np.argmax(mean))
+        near = [str(d) for d in range(10) if d != first
+                and mean[first] - mean[d] < 2 * math.hypot(error[first], error[d])]
+        return f"{first}{f' (or {chr(32).join(near)}: within the error)' if near else ''}"
+
     for name, title in MODELS.items():
-        means = np.mean([[m["mean"] for m in ms]
-                         for ms in get(runs, "models", name, "log_px_by_digit")], 0)
-        at_mean = np.mean(get(runs, "models", name, "ink", "at_mean_ink"), 0)
-        p = max(get(runs, "models", name, "ink", "p"))
+        p, slope = max(v["p"] for v in ink[name]), np.mean([v["slope"] for v in ink[name]])
+        share = lambda key, name=name: show(runs, name, "ink", key, digits=0, times=100)
+        found = {d: np.mean(v) for d, v in enumerate(at[name]) if None not in v}
         said.append(
-            f"{title}: most probable is {means.argmax()}, least {means.argmin()}. Stroke area "
-            f"explains {show(runs, name, 'ink', 'r2_ink')} of the variance of log p(x) over "
-            f"images, with the digit {show(runs, name, 'ink', 'r2_ink_and_digit')} (largest p "
-            f"{'< 1e-16' if p < 1e-16 else f'= {p:.1g}'}): "
-            + (f"the digit adds to stroke area; at the mean area {at_mean.argmax()} would be the "
-               f"most and {at_mean.argmin()} the least probable (for 1, which rarely has that "
-               "much, an extrapolation)." if p < 0.01 else
-               "the digit adds nothing to stroke area that these images can tell."))
+            f"{title}: most probable is {extreme(name, 1)}, least {extreme(name, -1)}. Images with "
+            f"more ink are {'less' if slope < 0 else 'more'} probable: stroke area explains "
+            f"{share('r2_ink')} % of the variance of log p(x) over images, the digit "
+            f"{share('r2_digit')} %, both {share('r2_both')} %. "
+            + (f"The digit counts beyond stroke area (p {'< 1e-16' if p < 1e-16 else f'= {p:.1g}'})"
+               + (f"; at the mean area, of the digits that reach it, {max(found, key=found.get)} "
+                  f"has the highest estimate and {min(found, key=found.get)} the lowest."
+                  if found else ".") if p < 0.01 else
+               "Whether the digit counts beyond that, these images cannot tell."))
     return "### Which digits are probable\n\n" + common.table(
         ["digit", *[f"{t}{what}" for t in MODELS.values() for what in [
-            ", log p(x)", ", s.e. over images / of sampling", ", at mean stroke area"]]],
-        rows) + "\n\n" + " ".join(said) + (
-        " The means of a digit are over its images in the whole test set, from those measured and "
-        "the encoder's bound of all (a regression estimate). Every image's value is in "
-        "log_probabilities.csv and, as an array (2 models, 10 digits, images of a digit), in "
-        "log_probabilities.npy, in each run's folder.")
+            ", log p(x)", ", s.e. over images", ", at the mean stroke area"]]],
+        rows) + "\n\n" + "\n\n".join(said) + (
+        "\n\nStroke area is the sum of an image's pixels. Means use the measured images and the "
+        "encoder's bound of all test images of the digit (a regression estimate). At the mean "
+        "stroke area by the digit's own line; – where fewer than 5 % of a digit's images lie on "
+        "the other side of it. Every image's value is in each run's log_probabilities.csv, and as "
+        "an array (2 models, 10 digits, images of a digit) in log_probabilities.npy.")
 
 
-def pictures_room(runs: list) -> str:
+def pictures_section(runs: list) -> str:
     folder = runs[0]["folder"].as_posix()
+    epochs = shown_epochs(runs[0]["config"])
     names = ["training_curves", "log_probabilities", *[
-        f"{kind}_epoch_{epoch}" for epoch in shown_epochs(runs[0]["config"])
-        for kind in ["comparison", "samples", "recon", "latent_opt_recon"]]]
+        f"{kind}_epoch_{epoch}" for epoch in dict.fromkeys([epochs[0], epochs[-1]])
+        for kind in ["comparison", "samples"]]]
     return f"### Pictures, seed {runs[0]['config']['seed']}\n\n" + "\n\n".join(
         f"![{name}]({folder}/{name}.png)" for name in names)
 

@@ -100,7 +100,7 @@ def latent_table() -> str:
     floor, right = (show(runs, key, digits=d)
                     for key, d in [("fid_floor", 2), ("supervised_accuracy_subset", 3)])
     return common.table(["model", "n", "log p(x)", "ELBO, q optimised", "approximation gap",
-                         "amortisation gap", "squared error", f"FID (floor {floor})",
+                         "amortisation gap", "squared error, q optimised", f"FID (floor {floor})",
                          f"probe accuracy (supervised {right})", "s per epoch"], rows)
 
 
@@ -108,8 +108,10 @@ def expect(found: str, runs: list) -> str:
     """A docstring's line: what was found, on what, how long a run took."""
     minutes = np.mean([r["metrics"]["seconds_train"] for r in runs]) / 60
     e = runs[0]["metrics"]["environment"]
-    return (f"Expect: {found} (n={len(runs)});\n{minutes:.0f} min to train a run; {e['device']}, "
-            f"torch {e['torch']}.")
+    measuring = [r["metrics"].get("seconds_evaluation", 0) / 60 for r in runs]
+    more = f" and {np.mean(measuring):.0f} min to measure" if all(measuring) else ""
+    return (f"Expect: {found} (n={len(runs)});\n{minutes:.0f} min to train{more} a run; "
+            f"{e['device']}, torch {e['torch']}.")
 
 
 def imbalance_expect() -> str:

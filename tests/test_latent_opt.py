@@ -274,7 +274,10 @@ def test_the_digit_counts_beyond_ink_only_where_it_does(planted):
     log_px = -0.01 * ink.square() + torch.randn(1000) + planted * (y == 4)
     found = study.ink_test(ink, y, log_px)
     assert (found["p"] < 1e-6) == bool(planted) and found["r2_ink"] > 0.9
+    assert 1 >= found["r2_both"] >= max(found["r2_ink"], found["r2_digit"]) and found["slope"] < 0
     assert (int(np.argmax(found["at_mean_ink"])) == 4) or not planted
+    ink[y == 7] += 100  # a digit that is never as thin as the others
+    assert [v is None for v in study.ink_test(ink, y, log_px)["at_mean_ink"]][7]
 
 
 def test_a_finished_run_is_kept_unless_more_is_asked_for(tmp_path):
