@@ -214,10 +214,8 @@ class Gan:
             device, memory_format=torch.channels_last)
         self.modules = {"G": self.G, "D": self.D}
         if config["model"] == "tuned-gan":
-            self.average = torch.optim.swa_utils.AveragedModel(
-                self.G, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.999),
-                use_buffers=True)
-            self.average.n_averaged.fill_(1)  # from the first weights on: every step is alike
+            self.average = Generator(self.z_dim).to(device, memory_format=torch.channels_last)
+            self.average.load_state_dict(self.G.state_dict())
             self.modules["average"] = self.average
         self.optimizers = {"optimizer_G": adam(config["lr"], self.G),
                            "optimizer_D": adam(config.get("lr_d", config["lr"]), self.D)}
@@ -231,8 +229,10 @@ class Gan:
         d_norm = step_of(self.optimizers["optimizer_D"], loss_d)
         loss_g = g_loss(self.loss, self.D(self.G(noise())))
         g_norm = step_of(self.optimizers["optimizer_G"], loss_g)
-        if self.average:
-            self.average.update_parameters(self.G)
+        if self.average:  # BatchNorm's statistics too, not its step counts
+            own, new = ([v for v in m.state_dict().values() if v.is_floating_point()]
+                        for m in (self.average, self.G))
+            torch._foreach_lerp_(own, new, 1 - 0.999)
         return torch.stack([loss_d, loss_g, d_norm, g_norm, (real_logits > 0).float().mean(),
                             (fake_logits < 0).float().mean()]).detach()
 

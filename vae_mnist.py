@@ -272,10 +272,11 @@ def train(config: dict, x: Tensor, x_val: Tensor, folder: Path, args) -> tuple[V
         torch.manual_seed(common.seed_from(seed, "noise", epoch))
         losses = torch.stack([step(x[i]) for i in order[:steps * batch_size].split(batch_size)])
         assert not losses.requires_grad, "an epoch's losses must not hold every step's graph"
+        finite = losses.isfinite().all().item()  # waits for the device
         seconds = time.perf_counter() - start
         torch.manual_seed(common.seed_from(seed, "validation"))  # the same noise in every epoch
         val = losses_in_chunks(model, x_val, config)
-        if not (losses.isfinite().all() and math.isfinite(val[0])):
+        if not (finite and math.isfinite(val[0])):
             bad = (~losses.isfinite().all(1)).nonzero().flatten().tolist() or [steps - 1]
             raise common.UserError(f"the loss of {title} is not finite in epoch {epoch}, step "
                                    f"{bad[0] + 1}; {folder} keeps epoch {epoch - 1}; try a lower "

@@ -3,6 +3,7 @@
     pytest tests/test_imbalance_study.py
 """
 
+import json
 import math
 import re
 import sys
@@ -322,6 +323,74 @@ def test_one_latent_dimension_and_a_common_rare_class(tmp_path):
     assert "## Every digit at 50 %" not in text
     assert all((tmp_path / "imbalance_study/glyphs" / name).exists()
                for name in re.findall(r"\]\(([^)]+)\)", text))
+
+
+# --------------------------------------------------------------------------------------- downstream
+
+
+@pytest.mark.parametrize("arm", ["shifts", "smote", "ga-ae"])
+def test_additions_make_the_classes_equal_and_look_like_their_class(arm):
+    y = torch.cat([torch.full((n,), c) for c, n in enumerate([40, 30, 25] + [40] * 7)])
+    z = torch.randn(len(y), 3) * 0.1 + 5 * y[:, None]  # classes far from each other
+    x = (y[:, None, None, None] / 10).expand(-1, 1, 28, 28).clone()
+    decode = lambda z: (z.mean(1).round() / 50)[:, None, None, None].expand(-1, 1, 28, 28)
+    more, labels = study.additions(arm, x, y, z, z[::7], decode, seed=0)
+    assert torch.cat([y, labels]).bincount().tolist() == [40] * 10
+    assert more.shape[1:] == (1, 28, 28)
+    assert torch.allclose(more[:, 0, 14, 14], labels / 10, atol=0.03)
+    assert study.additions("none", x, y, None, None, None, 0)[0].shape == (0, 1, 28, 28)
+
+
+def test_downstream_uses_the_imbalanced_images_alone_and_is_resumed(tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "DOWNSTREAM_STEPS", 12)
+    argv = [*SMOKE, "--sampler", "local", "--model", "ae", "--downstream", "--out-dir"]
+    data = common.glyphs()
+    data = data._replace(x_test=data.x_test[:1000], y_test=data.y_test[:1000])
+    monkeypatch.setattr(common, "load_data", lambda *a: data)
+    study.main([*argv, str(tmp_path / "a")])
+    config = study.grid(study.parse_args(argv[:-1]), "glyphs")[0]
+    mine = torch.cat(list(study.split(data, config).values()))
+    blind = torch.full_like(data.x_train, math.nan)
+    blind[mine] = data.x_train[mine]
+    monkeypatch.setattr(common, "load_data", lambda *a: data._replace(x_train=blind))
+    real, calls = common.train_classifier, []
+
+    def stopped(*a, **k):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*a, **k)
+    monkeypatch.setattr(common, "train_classifier", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        study.main([*argv, str(tmp_path / "b")])
+    study.main([*argv, str(tmp_path / "b")])
+    assert len(calls) == 3 + 2  # two of the four arms were there
+    name = "imbalance_study/glyphs/downstream_digit9_2pct/seed_0.json"
+    a, b = (json.loads((tmp_path / d / name).read_text())["arms"] for d in "ab")
+    assert list(a) == ["none", "shifts", "smote", "ae"]
+    keys = ["added", "rare_recall", "balanced_accuracy", "geometric_mean", "f1"]
+    assert all(a[arm][key] == b[arm][key] for arm in a for key in keys)
+    text = (tmp_path / "a/imbalance_study/glyphs/report.md").read_text()
+    assert "No generative model is shown to be better than every alternative" in text
+    study.main([*argv[:-2], "--fresh", "--out-dir", str(tmp_path / "b")])  # without --downstream
+    assert not (tmp_path / "b" / name).exists()
+
+
+@pytest.mark.parametrize("gain", [5, 0])
+def test_the_downstream_answer_follows_the_numbers(tmp_path, gain):
+    for seed in range(3):
+        arms = {arm: dict.fromkeys(["rare_recall", "balanced_accuracy", "geometric_mean", "f1"],
+                                   0.8 + 0.001 * seed + more) for arm, more in [
+                                       ("none", 0), ("shifts", 0.01), ("smote", 0.02),
+                                       ("ae", 0.01 * gain + 0.002 * seed)]}
+        common.save_json(tmp_path / f"seed_{seed}.json", {"config": {
+            "rare_digit": 9, "rare_ratio": 0.02, "seed": seed}, "arms": arms})
+    (tmp_path / "downstream_digit9_2pct").mkdir()
+    for file in tmp_path.glob("seed_*.json"):
+        file.rename(tmp_path / "downstream_digit9_2pct" / file.name)
+    text = "\n".join(study.downstream_section(tmp_path))
+    assert ("Better than every alternative, each interval excluding zero: ae" in text) == bool(gain)
+    assert ("No generative model is shown" in text) != bool(gain)
 
 
 def test_a_process_from_another_folder_and_an_unwritable_one(tmp_path):
