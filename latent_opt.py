@@ -778,7 +778,8 @@ def comparison(runs: list) -> str:
         text = common.paired(a, b, digits=digits)
         best = MODELS["latent_opt" if (np.mean(a) < np.mean(b)) == lower else "vae"]
         rows.append([what, common.mean_std(b, digits), common.mean_std(a, digits),
-                     text.split("(", 1)[1].rstrip(")") if len(runs) > 1 else text.split(" ")[0],
+                     text.split(" ")[0] if len(runs) < 2 else
+                     text.split("(", 1)[1].rstrip(")").replace(" 95 % interval", ""),
                      best if "a significant" in text else
                      "one seed: not tested" if len(runs) < 2 else "not told apart"])
     return common.table(["", *MODELS.values(), "difference, 95 % interval", "better"], rows)
