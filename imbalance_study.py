@@ -15,7 +15,7 @@ Writes results/imbalance_study/<dataset>/<variant>/seed_<s>/ (weights, metrics, 
 every finished run, results/imbalance_study/<dataset>/report.md.
 
 Expect: ga-ae calibrated lift 1.15 ± 0.05, FID 0.17 ± 0.03 (n=3);
-13 min to train a run; cpu: AMD EPYC, torch 2.15.0+cu132.
+11 min to train a run; cpu: AMD EPYC, torch 2.15.0+cu132.
 
 Differences from the source study:
  1. Equal epochs, 30 for every model (the source: VAE 50, AE 30); the rate decays to 0 by a cosine.
