@@ -187,7 +187,7 @@ def fast_step(step, parts: dict, device: torch.device, on: bool):
     fast = on and device.type != "mps" and all(isinstance(o, torch.optim.Adam) for o in optimizers)
     for group in [group for o in optimizers for group in o.param_groups]:
         rate = float(group["lr"])  # perhaps of a checkpoint that was made the other way
-        group["lr"] = torch.tensor(rate, device=device) if fast else rate
+        group["lr"] = torch.tensor(rate, dtype=torch.float32, device=device) if fast else rate
         if "capturable" in group:
             group["capturable"] = fast and device.type == "cuda"
     if not fast or device.type == "cpu":
