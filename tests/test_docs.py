@@ -83,6 +83,30 @@ def vae_table() -> str:
                          f"FID (floor {floor:.2f})"], rows)
 
 
+def gan_groups() -> dict[str, list]:
+    return gan_vs_vae.all_runs(ROOT / "results/published/gan_vs_vae")
+
+
+def gan_table() -> str:
+    """The README's table: of each kind and dataset the run that is best on validation images."""
+    groups, rows = gan_groups(), []
+    for dataset in dict.fromkeys(runs[0]["config"]["dataset"] for runs in groups.values()):
+        for model in gan_vs_vae.SYSTEMS:
+            if best := gan_vs_vae.best_of(groups, dataset, model):
+                name, rs = best
+                of = len(gan_vs_vae.pick(groups, dataset, model))
+                rows.append([f"{name}, best of {of}" if of > 1 else name, len(rs), show(rs, "fid"),
+                             show(rs, "scale", "real", "fid", digits=3), show(rs, "precision"),
+                             show(rs, "recall"), show(rs, "entropy"), show(rs, "copying")])
+    return common.table(["run", "n", "FID", "floor", "precision", "recall", "class entropy",
+                         "copying"], rows)
+
+
+def gan_expect() -> str:
+    name, runs = gan_vs_vae.best_of(gan_groups(), "mnist", "gan")
+    return expect(f"{name} FID {show(runs, 'fid')}, recall {show(runs, 'recall')}", runs)
+
+
 def latent_runs() -> list:
     return common.finished_runs(ROOT / "results/published/latent_opt/mnist")
 
@@ -154,9 +178,10 @@ def results_readme() -> str:
     return "\n\n".join(parts) + "\n"
 
 
-TABLES = {"imbalance": imbalance_table, "vae": vae_table, "latent": latent_table}
+TABLES = {"imbalance": imbalance_table, "vae": vae_table, "latent": latent_table,
+          "gan": gan_table}
 EXPECT = {"imbalance_study.py": imbalance_expect, "vae_mnist.py": vae_expect,
-          "latent_opt.py": latent_expect}
+          "latent_opt.py": latent_expect, "gan_vs_vae.py": gan_expect}
 
 
 def current() -> dict[str, str]:
@@ -182,7 +207,8 @@ def test_published_numbers_are_those_of_the_json(name):
     assert text == current()[name], "python tests/test_docs.py writes them anew"
 
 
-@pytest.mark.parametrize("script", [imbalance_study, vae_mnist, latent_opt])
+@pytest.mark.parametrize("script", [imbalance_study, vae_mnist, latent_opt,
+                                    gan_vs_vae])
 def test_the_published_report_is_rebuilt_byte_for_byte(tmp_path, script):
     copy = tmp_path / script.__name__
     shutil.copytree(ROOT / "results/published" / script.__name__, copy)
