@@ -392,16 +392,15 @@ class MetricClassifier(nn.Module):
 
 
 def train_classifier(x: Tensor, y: Tensor, device: torch.device, *key: int | str, steps: int,
-                     augment: str | None = None, batch_size: int = 128) -> MetricClassifier:
+                     augment: str | None = None) -> MetricClassifier:
     """A classifier of images x (N, 1, 28, 28) with labels y (N,), in eval mode on the device.
 
     Plain cross-entropy, no label smoothing: p >= 0.9 must mean something. `key` seeds weights and
     batches. augment is "shift" (digits: the batch, by up to two pixels) or "flip" (fashion: half of
-    it). Raises ValueError for fewer images than a batch.
+    it).
     """
     g, n = generator(*key), len(x)
-    if n < batch_size:
-        raise ValueError(f"{n} images are less than a batch of {batch_size}")
+    batch_size = min(128, n)
     with torch.random.fork_rng():
         torch.manual_seed(seed_from(*key))
         model = MetricClassifier().to(device, memory_format=torch.channels_last).train()

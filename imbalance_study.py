@@ -60,8 +60,9 @@ CRITERIA = {"calibrated lift": (0.9, 1.1), "clear lift": (0.85, math.inf),
             "rare coverage / real": (0.9, math.inf), "FID / floor": (0, 3),
             "copying": (0.65, math.inf)}
 GEOMETRY, CODE_PENALTY = 5.0, 0.01
-MODEL_KEYS = {"model", "beta", "code_penalty", "geometry"}  # of a run's configuration
 BASELINES = {"none": "nothing", "shifts": "shifted copies", "smote": "SMOTE between ae codes"}
+DOWNSTREAM = {"rare_recall": "recall of the rare class", "balanced_accuracy": "balanced accuracy",
+              "geometric_mean": "geometric mean of the recalls", "f1": "macro F1"}
 DOWNSTREAM_STEPS = 3000
 
 # ------------------------------------------------------------------------------------------- Config
@@ -116,7 +117,12 @@ def variant(config: dict) -> str:
     name = label(config).replace("=", "")
     for sign, word in [("λ", "lambda"), ("γ", "gamma"), ("β", "beta"), (" ", "_")]:
         name = name.replace(sign, word)
-    return f"{name}_digit{config['rare_digit']}_{100 * config['rare_ratio']:g}pct"
+    return f"{name}_{rare(config)}"
+
+
+def rare(config: dict) -> str:
+    """'digit9_2pct'."""
+    return f"digit{config['rare_digit']}_{100 * config['rare_ratio']:g}pct"
 
 
 def split(data: common.Data, config: dict) -> dict[str, Tensor]:
@@ -505,6 +511,10 @@ def progress(folder: Path, args) -> tuple[dict, list[str]]:
     if metrics and todo and not (folder / "best_model.pt").exists():
         raise common.UserError(f"{folder} has no weights to measure {' '.join(todo)} with; "
                                "--fresh trains it again, another --out-dir keeps it")
+    if metrics and args.downstream and not any(
+            (folder / name).exists() for name in ["downstream.json", "best_model.pt"]):
+        raise common.UserError(f"{folder} has no weights for --downstream; --fresh trains it "
+                               "again, another --out-dir keeps it")
     return metrics, todo
 
 
@@ -561,11 +571,6 @@ def evaluate(config: dict, args, data, part, model, history, classifier, folder,
 # --------------------------------------------------------------------------------------- Downstream
 
 
-def cell_of(config: dict) -> dict:
-    """What the runs of a downstream comparison share: all but the model."""
-    return {k: v for k, v in config.items() if k not in MODEL_KEYS}
-
-
 def additions(arm: str, x: Tensor, y: Tensor, z: Tensor | None, z_val: Tensor | None, decode,
               seed: int) -> tuple[Tensor, Tensor]:
     """Images and labels that bring every class of training images x (N, 1, 28, 28), y (N,) up to
@@ -573,8 +578,8 @@ def additions(arm: str, x: Tensor, y: Tensor, z: Tensor | None, z_val: Tensor | 
 
     none: nothing. shifts: images of the class, each moved by up to two pixels. smote: decoded
     points between codes and one of their five nearest of the class (Chawla et al. 2002, in latent
-    space as Dablain et al. 2022). A model's name: its local codes, the class drawn first, labelled
-    as the training code they are drawn around.
+    space as Dablain et al. 2022). local: local codes, the class drawn first, labelled as the
+    training code they are drawn around.
     """
     g = common.generator(seed, "downstream", arm)
     if arm == "none":
@@ -585,9 +590,10 @@ def additions(arm: str, x: Tensor, y: Tensor, z: Tensor | None, z_val: Tensor | 
                         for c in range(10) if len(members := (y == c).nonzero()[:, 0])])
     if arm == "shifts":
         move = torch.randint(-2, 3, (len(source), 2), generator=g)
-        moved = [F.pad(x[i], (2, 2, 2, 2))[:, 2 - a:30 - a, 2 - b:30 - b]
-                 for i, (a, b) in zip(source.tolist(), move.tolist(), strict=True)]
-        return torch.stack(moved), y[source]
+        more, wide = x[source], F.pad(x[source], (2, 2, 2, 2))
+        for i, (a, b) in enumerate(move.tolist()):
+            more[i] = wide[i, :, 2 - a:30 - a, 2 - b:30 - b]
+        return more, y[source]
     if arm == "smote":
         partner = torch.empty_like(source)
         for c in y[source].unique():
@@ -603,36 +609,35 @@ def additions(arm: str, x: Tensor, y: Tensor, z: Tensor | None, z_val: Tensor | 
     return decode(mean[source] + h * (factor[source] @ noise)[..., 0]), y[source]
 
 
-def downstream_file(root: Path, config: dict) -> Path:
-    cell = f"digit{config['rare_digit']}_{100 * config['rare_ratio']:g}pct"
-    return root / f"downstream_{cell}/seed_{config['seed']}.json"
+def baseline_file(root: Path, arm: str, config: dict) -> Path:
+    """Of an arm without a model: the same for all runs on these training images."""
+    return root / (f"downstream_{rare(config)}_{config['train_size']}/"
+                   f"seed_{config['seed']}_{arm}.json")
 
 
-def downstream(runs: list[dict], root: Path, data, device) -> None:
-    """The downstream_file of a cell and seed: for each arm a classifier, all with the same first
-    weights and number of steps, measured on all of the test set, whose classes are balanced.
+def downstream(config: dict, folder: Path, data, device) -> None:
+    """A finished run's downstream.json, of a plain AE downstream_smote.json too, and the
+    baseline_files: what a classifier makes of the test set. All have the same first weights and
+    number of steps. Arms already there are not trained again.
 
-    Only the cell's training and validation images are used, by generators and classifiers alike;
-    the metric classifier has no part in it. Arms already there are not trained again.
+    The training images alone are used, by the generator also the run's validation images: they
+    chose its epoch, bandwidth and temperature. The metric classifier has no part in it.
     """
     from scipy.stats import gmean  # both come with scikit-learn
     from sklearn.metrics import f1_score, recall_score
 
-    cell, part, file = cell_of(runs[0]), split(data, runs[0]), downstream_file(root, runs[0])
+    part = split(data, config)
     x, y, x_val = (of[part[k]] for of, k in [(data.x_train, "train"), (data.y_train, "train"),
                                              (data.x_train, "val")])
-    found = common.load_json(file) if file.exists() else {"config": cell, "arms": {}}
-    if found["config"] != cell:
-        raise common.UserError(f"{file} is of other runs; --fresh starts them over, another "
-                               "--out-dir keeps them")
-    file.parent.mkdir(exist_ok=True)
-    by_model = {label(run): run for run in runs}
-    arms = [*[b for b in BASELINES if b != "smote" or "ae" in by_model], *by_model]
-    for arm in [arm for arm in arms if arm not in found["arms"]]:
+    files = {arm: baseline_file(folder.parents[1], arm, config) for arm in ["none", "shifts"]}
+    if label(config) == "ae":
+        files["smote"] = folder / "downstream_smote.json"
+    files["local"] = folder / "downstream.json"
+    for arm, file in files.items():
+        if file.exists():
+            continue
         z = z_val = decode = None
-        if arm not in ("none", "shifts"):
-            config = by_model["ae" if arm == "smote" else arm]
-            folder = root / variant(config) / f"seed_{config['seed']}"
+        if arm in ("smote", "local"):
             model = Autoencoder(config["latent_dim"], config["model"] == "vae")
             common.restore(folder, config, {"model": model}, "best_model.pt")
             model = model.to(device, memory_format=torch.channels_last).eval()
@@ -641,19 +646,21 @@ def downstream(runs: list[dict], root: Path, data, device) -> None:
                         for v in (x, x_val))
             decode = lambda z, m=model, t=temperature: in_chunks(
                 lambda c: m.decode(c.to(device), t).cpu(), z)
-        x_more, y_more = additions(arm, x, y, z, z_val, decode, cell["seed"])
+        x_more, y_more = additions(arm, x, y, z, z_val, decode, config["seed"])
         began = time.perf_counter()
         classifier = common.train_classifier(
-            torch.cat([x, x_more]), torch.cat([y, y_more]), device, cell["seed"], "downstream",
+            torch.cat([x, x_more]), torch.cat([y, y_more]), device, config["seed"], "downstream",
             steps=DOWNSTREAM_STEPS)
         said = classifier.look(data.x_test)[1].argmax(1)
         recall = recall_score(data.y_test, said, average=None, labels=range(10), zero_division=0)
-        found["arms"][arm] = {
-            "added": len(x_more), "rare_recall": recall[cell["rare_digit"]],
-            "balanced_accuracy": recall.mean(), "geometric_mean": gmean(recall),
-            "f1": f1_score(data.y_test, said, average="macro"),
-            "seconds": time.perf_counter() - began, "environment": common.environment(device)}
-        common.save_json(file, found)
+        equal = 1 / data.y_test.bincount(minlength=10)[data.y_test]  # as if the classes were equal
+        file.parent.mkdir(exist_ok=True)
+        common.save_json(file, {
+            "steps": DOWNSTREAM_STEPS, "added": len(x_more),
+            "rare_recall": recall[config["rare_digit"]], "balanced_accuracy": recall.mean(),
+            "geometric_mean": gmean(recall),
+            "f1": f1_score(data.y_test, said, average="macro", sample_weight=equal),
+            "seconds": time.perf_counter() - began})
 
 
 # ------------------------------------------------------------------------------- Figures and report
@@ -724,20 +731,20 @@ def report(root: Path) -> str:
     if not runs:
         raise common.UserError(f"no finished run in {root}; run without --report-only first")
     cells: dict[tuple, dict[str, list]] = {}  # runs that may be compared, by model
+    own = {"model", "beta", "code_penalty", "geometry", "seed"}
     for run in runs:
         n = next(iter(run["metrics"]["samplers"].values()))["n"]
-        key = (*((k, v) for k, v in cell_of(run["config"]).items() if k != "seed"), ("samples", n),
+        key = (*((k, v) for k, v in run["config"].items() if k not in own), ("samples", n),
                ("classifier", run["metrics"]["classifier"]["sha256"]))
         cells.setdefault(key, {}).setdefault(label(run["config"]), []).append(run)
     dataset = common.DATASETS[runs[0]["config"]["dataset"]]
     parts = [f"# The imbalance study on {dataset}\n\nDoes a generative model keep a rare class, "
              "and does the geometry of its latent space matter?"]
     parts += across(root, cells, "rare_digit") + across(root, cells, "rare_ratio")
-    parts += downstream_section(root)
     stems = []  # of the cells' pictures
     for key in sorted(cells, key=str):
         cell = dict(key)
-        stem = f"digit{cell['rare_digit']}_{100 * cell['rare_ratio']:g}pct"
+        stem = rare(cell)
         stems.append(stem)
         again = stems.count(stem)
         parts += section(root, cell, cells[key], f"{stem}_{again}" if again > 1 else stem)
@@ -778,58 +785,62 @@ def across(root: Path, cells: dict, axis: str) -> list[str]:
             f"ratios_digit{cell['rare_digit']}")
         file += f"_{len(lines)}.png" if any(f"{file}.png" in line for line in lines) else ".png"
         (digits_figure if digits else ratios_figure)(root / file, several)
-        lines += [f"## Every {'digit at' if digits else 'ratio,'} {where}",
+        lines += [f"## By {'digit, at' if digits else 'ratio,'} {where}",
                   "With local codes, " + "; ".join(said) + ".",
                   criteria_table({f"{m}, {name(v)}": runs for m, found in several.items()
-                                  for v, runs in found.items()}), f"![{where}]({file})"]
+                                  for v, runs in found.items()}), f"![{where}]({file})",
+                  "" if digits else "Bars: standard deviation over seeds."]
     return lines
 
 
-def downstream_section(root: Path) -> list[str]:
-    """Whether a classifier gains by generated images, for every digit and ratio it was tried at."""
-    lines = []
-    for folder in sorted(root.glob("downstream_*")):
-        found = [common.load_json(file) for file in sorted(folder.glob("seed_*.json"))]
-        found = [f for f in found if f["arms"]]
-        if not found:
-            continue
-        cell = found[0]["config"]
-        get = lambda arm, key="balanced_accuracy", of=found: {
-            f["config"]["seed"]: 100 * f["arms"][arm][key] for f in of if arm in f["arms"]}
-        arms = sorted({arm for f in found for arm in f["arms"]})
-        baselines, generated = ([arm for arm in of if get(arm)] for of in [
-            BASELINES, [arm for arm in arms if arm not in BASELINES]])
-        name = lambda arm: BASELINES.get(arm, f"{arm}, local codes")
-        rows = [[name(arm), len(get(arm)),
-                 *[common.mean_std(list(get(arm, key).values())) for key in
-                   ["rare_recall", "balanced_accuracy", "geometric_mean", "f1"]]]
-                for arm in baselines + generated]
-        differences, wins = [], []
-        for a in generated:
-            both = [sorted(set(get(a)) & set(get(b))) for b in baselines]
-            texts = [common.paired(*[[get(arm)[s] for s in seeds] for arm in (a, b)])
-                     for b, seeds in zip(baselines, both, strict=True) if seeds]
-            differences.append([name(a), *texts])
-            if all("a significant difference" in t and "(+" in t for t in texts):
-                wins.append(name(a))
-        verdict = (f"Better than every alternative, each interval excluding zero: {', '.join(wins)}"
-                   if wins else "No generative model is shown to be better than every alternative")
-        lines += [f"## Does generating the rare class help? Digit {cell['rare_digit']} at "
-                  f"{100 * cell['rare_ratio']:g} %",
-                  f"**Answer.** {verdict}, in balanced accuracy." if generated else "",
-                  common.table(["added to the training images", "n", "recall of the rare class (%)",
-                                "balanced accuracy (%)", "geometric mean (%)", "macro F1 (%)"],
-                               rows),
-                  "Balanced accuracy, difference in points:" if differences else "",
-                  common.table(["", *[f"against {name(b)}" for b in baselines]], differences)
-                  if differences else "",
-                  f"Every arm has the same net, first weights and {DOWNSTREAM_STEPS:,} steps, and "
-                  "images added until the classes are equal; balanced test set. Intervals are not "
-                  "corrected for the number of comparisons. For context, not as a comparison, "
-                  "since its protocol, net and class sizes are others: DeepSMOTE (Dablain et al. "
-                  "2022) reports 96.09 balanced accuracy, 97.80 geometric mean and 96.03 F1 on "
-                  "MNIST."]
-    return lines
+def downstream_section(root: Path, models: dict[str, list]) -> list[str]:
+    """Whether a classifier gains by images of the models, paired with the alternatives by seed."""
+    arms: dict[str, dict] = {}  # name -> seed -> metrics
+    for m, runs in models.items():
+        for run in runs:
+            c, folder = run["config"], root / run["folder"]
+            files = {title: baseline_file(root, arm, c) for arm, title in BASELINES.items()}
+            if m == "ae":
+                files[BASELINES["smote"]] = folder / "downstream_smote.json"
+            for name, file in {**files, f"{m}, local codes": folder / "downstream.json"}.items():
+                if file.exists():
+                    arms.setdefault(name, {})[c["seed"]] = common.load_json(file)
+    baselines = [name for name in BASELINES.values() if name in arms]
+    generated = [name for name in arms if name not in baselines]
+    if not generated:
+        return []
+    of = lambda name, key: {s: 100 * metrics[key] for s, metrics in arms[name].items()}
+    rows = [[name, len(arms[name]), *[common.mean_std(list(of(name, key).values()))
+                                      for key in DOWNSTREAM]] for name in baselines + generated]
+    differences, better = [], []
+    for a in generated:
+        texts = {}
+        for key in ["balanced_accuracy", "rare_recall"]:
+            for b in baselines:
+                seeds = sorted(set(arms[a]) & set(arms[b]))
+                texts[key, b] = common.paired(*[[of(name, key)[s] for s in seeds] for name in (
+                    a, b)]) if seeds else "–"
+            differences.append([f"{a}: {DOWNSTREAM[key]}", *[texts[key, b] for b in baselines]])
+        if all("a significant difference" in texts["balanced_accuracy", b] and "(+" in texts[
+                "balanced_accuracy", b] for b in baselines):
+            better.append(a)
+    against = f"in balanced accuracy than adding {' or '.join(baselines)}"
+    verdict = (f"{'; '.join(better)}: better {against}, each interval excluding zero" if better
+               else f"No model's images are shown to be better {against}")
+    steps = sorted({metrics["steps"] for found in arms.values() for metrics in found.values()})
+    return ["### Does adding generated images help a classifier?", f"**Answer.** {verdict}.",
+            common.table(["added", "n", *[f"{title} (%)" for title in DOWNSTREAM.values()]], rows),
+            "Differences in points, paired by seed:",
+            common.table(["", *[f"against {b}" for b in baselines]], differences),
+            "A classifier each, with the same first weights and "
+            f"{' or '.join(f'{n:,}' for n in steps)} steps, on the training images and as many "
+            "added ones as make the classes equal; F1 is weighted as if the test classes were "
+            "equal. The models saw validation images too (for epoch, bandwidth and temperature), "
+            "the classifiers did not. Intervals cover seeds, not the one test set, and are not "
+            "corrected for the number of comparisons. Local codes of a rare image may lie among "
+            "another class's: their label is that of the image they are drawn around. For "
+            "context, not as a comparison (other protocol, net and class sizes): DeepSMOTE "
+            "(Dablain et al. 2022) reports 96.09 % balanced accuracy and 96.03 % F1 on MNIST."]
 
 
 def values(runs: list, sampler: str, key: str) -> list:
@@ -891,6 +902,7 @@ def section(root: Path, cell: dict, models: dict[str, list], stem: str) -> list[
     if head:
         lift_figure(root / f"{stem}_lift.png", models, head)
         lines.append(f"![Lift with 95 % intervals]({stem}_lift.png)")
+    lines += downstream_section(root, models)
     lines += ["### The ablation",
               f"![Every model with every sampler]({stem}_ablation.png)",
               "Rows differ in the model, columns in the sampler alone. AE + local and λ = 0 + "
@@ -1157,8 +1169,8 @@ def ratios_figure(path: Path, several: dict) -> None:
             of = {100 * v: values(runs, "local", key) for v, runs in found.items()}
             of = {v: seeds for v, seeds in of.items() if seeds}
             axes.errorbar(list(of), [np.mean(seeds) for seeds in of.values()],
-                          [np.std(seeds) for seeds in of.values()], marker="o", ms=4, capsize=3,
-                          label=m)
+                          [np.std(seeds, ddof=len(seeds) > 1) for seeds in of.values()],
+                          marker="o", ms=4, capsize=3, label=m)
         axes.axhline(1, color="k", lw=0.8, ls=":")
         axes.set(xscale="log", xlabel="rare class, % of training images", title=name)
         ticks = sorted({100 * v for found in several.values() for v in found})
@@ -1179,29 +1191,21 @@ def main(argv=None) -> dict:
     if args.report_only:
         return common.write_reports(report, base, args.dataset)
     device, data = common.pick_device(args.device), common.load_data(args.dataset, args.data_dir)
-    runs = grid(args, data.name)
-    together = {}  # with --downstream the runs of a cell and seed stay in one shard
-    for run in runs:
-        together.setdefault(str(cell_of(run) if args.downstream else run), []).append(run)
-    runs = [run for group in list(together.values())[args.shard] for run in group]
+    runs = grid(args, data.name)[args.shard]
     root, parts = base / data.name, [split(data, config) for config in runs]
     folders = [root / variant(c) / f"seed_{c['seed']}" for c in runs]
     common.open_runs(folders, runs, args)
-    for run in runs if args.fresh else []:
-        downstream_file(root, run).unlink(missing_ok=True)
     classifier, metrics = common.load_classifier(data, device), {}
     for config, part, folder in zip(runs, parts, folders, strict=True):
         name = f"{variant(config)}/seed_{config['seed']}"
         metrics[name], todo = progress(folder, args)
-        if not todo:  # finished, whether or not its weights are still here
-            continue
-        x, x_val = (data.x_train[part[k]].to(device) for k in ["train", "val"])
-        model, history = train(config, x, x_val, folder, args)
-        metrics[name] = evaluate(
-            config, args, data, part, model, history, classifier, folder, device, metrics[name],
-            todo)
-    for group in list(together.values())[args.shard] if args.downstream else []:
-        downstream(group, root, data, device)
+        if todo:  # else finished, whether or not its weights are still here
+            x, x_val = (data.x_train[part[k]].to(device) for k in ["train", "val"])
+            model, history = train(config, x, x_val, folder, args)
+            metrics[name] = evaluate(config, args, data, part, model, history, classifier, folder,
+                                     device, metrics[name], todo)
+        if args.downstream:
+            downstream(config, folder, data, device)
     if runs:
         common.write_reports(report, base, data.name)
     return metrics

@@ -3,7 +3,6 @@
     pytest tests/test_imbalance_study.py
 """
 
-import json
 import math
 import re
 import sys
@@ -317,10 +316,10 @@ def test_one_latent_dimension_and_a_common_rare_class(tmp_path):
     grid = study.main([*argv, "--rare-digit", "9", "3", "3", "--rare-ratio", "0.1", "0.2"])
     assert len(grid) == 4  # in the same report
     text = (tmp_path / "imbalance_study/glyphs/report.md").read_text()
-    for words in ["## Digit 9 at 50 %", "## Digit 3 at 20 %", "## Every digit at 10 %",
-                  "## Every digit at 20 %", "## Every ratio, digit 9", "## Every ratio, digit 3"]:
+    for words in ["## Digit 9 at 50 %", "## Digit 3 at 20 %", "## By digit, at 10 %",
+                  "## By digit, at 20 %", "## By ratio, digit 9", "## By ratio, digit 3"]:
         assert words in text
-    assert "## Every digit at 50 %" not in text
+    assert "## By digit, at 50 %" not in text
     assert all((tmp_path / "imbalance_study/glyphs" / name).exists()
                for name in re.findall(r"\]\(([^)]+)\)", text))
 
@@ -328,7 +327,7 @@ def test_one_latent_dimension_and_a_common_rare_class(tmp_path):
 # --------------------------------------------------------------------------------------- downstream
 
 
-@pytest.mark.parametrize("arm", ["shifts", "smote", "ga-ae"])
+@pytest.mark.parametrize("arm", ["shifts", "smote", "local"])
 def test_additions_make_the_classes_equal_and_look_like_their_class(arm):
     y = torch.cat([torch.full((n,), c) for c, n in enumerate([40, 30, 25] + [40] * 7)])
     z = torch.randn(len(y), 3) * 0.1 + 5 * y[:, None]  # classes far from each other
@@ -343,54 +342,64 @@ def test_additions_make_the_classes_equal_and_look_like_their_class(arm):
 
 def test_downstream_uses_the_imbalanced_images_alone_and_is_resumed(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "DOWNSTREAM_STEPS", 12)
-    argv = [*SMOKE, "--sampler", "local", "--model", "ae", "--downstream", "--out-dir"]
+    argv = [*SMOKE, "--sampler", "local", "--model", "ae", "ga-ae", "--downstream", "--out-dir"]
     data = common.glyphs()
     data = data._replace(x_test=data.x_test[:1000], y_test=data.y_test[:1000])
-    monkeypatch.setattr(common, "load_data", lambda *a: data)
-    study.main([*argv, str(tmp_path / "a")])
     config = study.grid(study.parse_args(argv[:-1]), "glyphs")[0]
     mine = torch.cat(list(study.split(data, config).values()))
-    blind = torch.full_like(data.x_train, math.nan)
-    blind[mine] = data.x_train[mine]
-    monkeypatch.setattr(common, "load_data", lambda *a: data._replace(x_train=blind))
-    real, calls = common.train_classifier, []
+    blind = data._replace(x_train=torch.full_like(data.x_train, math.nan),
+                          x_test=data.x_test.flip(0), y_test=data.y_test.flip(0))
+    blind.x_train[mine] = data.x_train[mine]
+    real, calls, stop_at = common.train_classifier, [], [0]
 
-    def stopped(*a, **k):
-        calls.append(1)
-        if len(calls) == 3:
+    def watched(x, y, device, *key, **more):
+        if len(calls) == stop_at[0] > 0:
             raise KeyboardInterrupt
-        return real(*a, **k)
-    monkeypatch.setattr(common, "train_classifier", stopped)
+        calls.append((x, y, key, more))
+        return real(x, y, device, *key, **more)
+    monkeypatch.setattr(common, "train_classifier", watched)
+    monkeypatch.setattr(common, "load_data", lambda *a: data)
+    study.main([*argv, str(tmp_path / "a")])
+    seeing, calls[:], stop_at[0] = list(calls), [], 2
+    assert len(seeing) == 5  # nothing, shifts, SMOTE, ae; ga-ae
+    monkeypatch.setattr(common, "load_data", lambda *a: blind)
     with pytest.raises(KeyboardInterrupt):
         study.main([*argv, str(tmp_path / "b")])
+    stop_at[0] = 0
     study.main([*argv, str(tmp_path / "b")])
-    assert len(calls) == 3 + 2  # two of the four arms were there
-    name = "imbalance_study/glyphs/downstream_digit9_2pct/seed_0.json"
-    a, b = (json.loads((tmp_path / d / name).read_text())["arms"] for d in "ab")
-    assert list(a) == ["none", "shifts", "smote", "ae"]
-    keys = ["added", "rare_recall", "balanced_accuracy", "geometric_mean", "f1"]
-    assert all(a[arm][key] == b[arm][key] for arm in a for key in keys)
-    text = (tmp_path / "a/imbalance_study/glyphs/report.md").read_text()
-    assert "No generative model is shown to be better than every alternative" in text
-    study.main([*argv[:-2], "--fresh", "--out-dir", str(tmp_path / "b")])  # without --downstream
-    assert not (tmp_path / "b" / name).exists()
+    assert len(calls) == 5  # two were there
+    for (x, y, *how), (x_b, y_b, *how_b) in zip(seeing, calls, strict=True):
+        assert torch.equal(x, x_b) and torch.equal(y, y_b) and how == how_b == list(seeing[0][2:])
+    root = tmp_path / "a/imbalance_study/glyphs"
+    text = (root / "report.md").read_text()
+    assert "No model's images are shown to be better in balanced accuracy than adding" in text
+    for folder in root.glob("*/seed_0"):
+        (folder / "downstream.json").unlink()
+        (folder / "best_model.pt").unlink()
+    with pytest.raises(common.UserError, match="no weights for --downstream"):
+        study.main([*argv, str(tmp_path / "a")])
 
 
 @pytest.mark.parametrize("gain", [5, 0])
 def test_the_downstream_answer_follows_the_numbers(tmp_path, gain):
+    models = {"ae": []}
     for seed in range(3):
-        arms = {arm: dict.fromkeys(["rare_recall", "balanced_accuracy", "geometric_mean", "f1"],
-                                   0.8 + 0.001 * seed + more) for arm, more in [
-                                       ("none", 0), ("shifts", 0.01), ("smote", 0.02),
-                                       ("ae", 0.01 * gain + 0.002 * seed)]}
-        common.save_json(tmp_path / f"seed_{seed}.json", {"config": {
-            "rare_digit": 9, "rare_ratio": 0.02, "seed": seed}, "arms": arms})
-    (tmp_path / "downstream_digit9_2pct").mkdir()
-    for file in tmp_path.glob("seed_*.json"):
-        file.rename(tmp_path / "downstream_digit9_2pct" / file.name)
-    text = "\n".join(study.downstream_section(tmp_path))
-    assert ("Better than every alternative, each interval excluding zero: ae" in text) == bool(gain)
-    assert ("No generative model is shown" in text) != bool(gain)
+        c = {"rare_digit": 9, "rare_ratio": 0.02, "train_size": 100, "seed": seed}
+        folder = tmp_path / f"ae/seed_{seed}"
+        folder.mkdir(parents=True)
+        models["ae"].append({"config": c, "folder": folder.relative_to(tmp_path)})
+        for file, more in [(study.baseline_file(tmp_path, "none", c), 0),
+                           (study.baseline_file(tmp_path, "shifts", c), 0.01),
+                           (folder / "downstream_smote.json", 0.02),
+                           (folder / "downstream.json", 0.01 * gain + 0.002 * seed)]:
+            file.parent.mkdir(exist_ok=True)
+            common.save_json(file, {"steps": 9, **dict.fromkeys(
+                study.DOWNSTREAM, 0.8 + 0.001 * seed + more)})
+    text = "\n".join(study.downstream_section(tmp_path, models))
+    assert ("ae, local codes: better in balanced accuracy than adding nothing or shifted copies or"
+            in text) == bool(gain)
+    assert ("No model's images are shown to be better" in text) != bool(gain)
+    assert study.downstream_section(tmp_path / "elsewhere", models) == []
 
 
 def test_a_process_from_another_folder_and_an_unwritable_one(tmp_path):
