@@ -706,7 +706,7 @@ def plots(base: Path, groups: dict, datasets: list) -> list[str]:
                       ms=3, color=f"C{sizes.index(c.get('z_dim') or c['latent_dim'])}",
                       label=short(name))
         axes.set(xlabel="epoch", ylabel="mean over seeds")
-        axes.legend(fontsize=7)
+        axes.legend(fontsize=7, handlelength=4)
 
     def fids(axes, _, of):
         for i, runs in enumerate(of.values()):
@@ -719,16 +719,14 @@ def plots(base: Path, groups: dict, datasets: list) -> list[str]:
         axes.legend(fontsize=8)
 
     def scatter(axes, _, of):
-        for name, runs in of.items():
-            recall, precision = (np.mean(get(runs, k)) for k in ["recall", "precision"])
-            axes.plot(get(runs, "recall"), get(runs, "precision"), "o",
-                      color=colors[runs[0]["config"]["model"]])
-            axes.annotate(short(name), (recall, precision), fontsize=6, xytext=(4, 2),
-                          textcoords="offset points")
+        for i, (name, runs) in enumerate(of.items()):
+            axes.plot(get(runs, "recall"), get(runs, "precision"), "osD^v<>PX*ph"[i % 12],
+                      color=colors[runs[0]["config"]["model"]], ms=5, mfc="none",
+                      label=short(name))
         real = next(iter(of.values()))[0]["metrics"]["scale"]["real"]
         axes.plot(real["recall"], real["precision"], "kP", label="real images")
         axes.set(xlabel="recall", ylabel="precision", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=7, ncols=2)
 
     panels("gan_loss_comparison", ["gan"], losses, ["d_loss", "g_loss"])
     panels("gan_fid_comparison", ["gan", "tuned-gan"], fids, [""])
@@ -787,7 +785,8 @@ def answer_stability(gans: dict) -> str:
         for (factor, pair), (mean, half, n) in found.items():
             low, high = math.exp(mean - half), math.exp(mean + half)
             rows.append([what, f"{factor}: {pair}", f"{math.exp(mean):.2f}",
-                         f"{low:.2f}–" + (f"{high:.2f}" if high < 1000 else "> 1000"), n, "yes" if abs(mean) > half else "no"])
+                         f"{low:.2f}–{high:.2f}" if high < 1000 else f"{low:.2f} to > 1000", n,
+                         "yes" if abs(mean) > half else "no"])
         told = {key: v for key, v in found.items() if abs(v[0]) > v[1]}
         if not told:
             said.append(f"{what}: it cannot be told at this n")
