@@ -952,17 +952,40 @@ def how_made(groups: dict[str, list[dict]]) -> str:
          for key, rs in rows.items()])
 
 
-def paired(a: Sequence[float], b: Sequence[float], unit: str = "", digits: int = 2) -> str:
-    """The mean difference a - b over paired seeds, its 95 % t-interval and what that supports, as
-    text.
+class Difference(NamedTuple):
+    """A mean difference over n pairs and half of its 95 % t-interval, infinite for one pair; as
+    text, what that supports.
     """
+
+    mean: float
+    half: float
+    n: int
+    unit: str
+    digits: int
+
+    @property
+    def sign(self) -> int:
+        """1 or -1 if the interval excludes zero, else 0."""
+        return int(np.sign(self.mean)) if abs(self.mean) > self.half else 0
+
+    def signed(self, value: float) -> str:
+        return f"{value:+.{self.digits}f}".replace("-", "−")
+
+    def interval(self) -> str:
+        return f"{self.signed(self.mean - self.half)} to {self.signed(self.mean + self.half)}"
+
+    def __str__(self) -> str:
+        mean = f"{self.signed(self.mean)}{self.unit}"
+        if self.n < 2:
+            return f"{mean} (n={self.n}: no conclusion)"
+        return (f"{'a' if self.sign else 'no'} significant difference at n={self.n} ({mean}, 95 % "
+                f"interval {self.interval()})")
+
+
+def paired(a: Sequence[float], b: Sequence[float], unit: str = "", digits: int = 2) -> Difference:
+    """The mean difference a - b over paired seeds."""
     from scipy.stats import t  # comes with scikit-learn
 
     d, n = np.subtract(a, b), len(a)
-    signed = lambda value: f"{value:+.{digits}f}".replace("-", "−")
-    if n < 2:
-        return f"{signed(d.mean())}{unit} (n={n}: no conclusion)"
-    half = t.ppf(0.975, n - 1) * d.std(ddof=1) / math.sqrt(n)
-    verdict = "a significant" if abs(d.mean()) > half else "no significant"
-    return (f"{verdict} difference at n={n} ({signed(d.mean())}{unit}, 95 % interval "
-            f"{signed(d.mean() - half)} to {signed(d.mean() + half)})")
+    half = t.ppf(0.975, n - 1) * d.std(ddof=1) / math.sqrt(n) if n > 1 else math.inf
+    return Difference(d.mean(), half, n, unit, digits)

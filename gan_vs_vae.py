@@ -282,7 +282,7 @@ class VaeGan:
         self.modules = {"G": self.G, "E": self.E, "H": self.H, "D_z": self.D_z, "D_x": self.D_x}
         self.optimizers = {"optimizer": adam(config["lr"], self.E, self.G, self.H),
                            "optimizer_D": adam(config["lr"], self.D_z, self.D_x)}
-        self.stage = 2
+        self.stage = 2  # whose samples a finished system draws
 
     def step(self, x: Tensor, stage: int) -> Tensor:
         if stage == 0:
@@ -836,8 +836,7 @@ def paired(what: str, a: list, b: list, *keys: str) -> str:
     a, b = common.same_seeds(a, b)
     if not a:
         return f"{what}: no seed in common."
-    text = common.paired(get(a, *keys), get(b, *keys))
-    return f"{what}: {text}."
+    return f"{what}: {common.paired(get(a, *keys), get(b, *keys))}."
 
 
 def answer_latent(vaes: dict, datasets: list) -> str:

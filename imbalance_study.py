@@ -324,6 +324,15 @@ def in_chunks(f, x: Tensor) -> Tensor:
     return torch.cat([f(c) for c in x.split(1000)])
 
 
+def encoded(model: Autoencoder, x: Tensor, device) -> Tensor:
+    """Codes of images, of a VAE the means, on the CPU."""
+    return in_chunks(lambda c: model.encode(c.to(device))[0].cpu(), x)
+
+
+def decoded(model: Autoencoder, z: Tensor, device, temperature: float) -> Tensor:
+    return in_chunks(lambda c: model.decode(c.to(device), temperature).cpu(), z)
+
+
 def local_gaussians(z: Tensor, z_val: Tensor, k: int = 20) -> tuple[Tensor, Tensor, float]:
     """Means (N, d) and Cholesky factors (N, d, d) of each code's neighbours, and the bandwidth h.
 
@@ -358,11 +367,13 @@ def local_gaussians(z: Tensor, z_val: Tensor, k: int = 20) -> tuple[Tensor, Tens
     return mean, factor, h
 
 
-def draw_codes(sampler: str, n: int, z: Tensor, z_val: Tensor, seed: int) -> tuple[Tensor, dict]:
+def draw_codes(sampler: str, n: int, z: Tensor, z_val: Tensor, seed: int,
+               around: Tensor | None = None) -> tuple[Tensor, dict]:
     """n codes (n, d) from a sampler fitted to training codes z (N, d), and what was fitted.
 
     prior: N(0, I). gaussian: full covariance. gmm: 10 full components (scikit-learn). local: see
-    local_gaussians. Draws have a generator of their own; all of it is on the CPU.
+    local_gaussians, around the codes with these indices (n,) or any. Draws have a generator of
+    their own; all of it is on the CPU.
     """
     g, d = common.generator(seed, "sampler", sampler), z.shape[1]
     noise = torch.randn(n, d, generator=g)
@@ -380,7 +391,7 @@ def draw_codes(sampler: str, n: int, z: Tensor, z_val: Tensor, seed: int) -> tup
         codes = torch.from_numpy(gmm.means_).float()[which] + (factor @ noise[:, :, None])[..., 0]
         return codes, {"weights": gmm.weights_.tolist()}
     mean, factor, h = local_gaussians(z, z_val)
-    which = torch.randint(len(z), (n,), generator=g)
+    which = torch.randint(len(z), (n,), generator=g) if around is None else around
     return mean[which] + h * (factor[which] @ noise[:, :, None])[..., 0], {"bandwidth": h}
 
 
@@ -525,11 +536,11 @@ def evaluate(config: dict, args, data, part, model, history, classifier, folder,
     assert not model.training, "models are measured in eval mode"
     judge = Judge(data, part, config, classifier, args.samples)
     x_val = data.x_train[part["val"]]
-    codes = lambda x: in_chunks(lambda c: model.encode(c.to(device))[0].cpu(), x)
+    codes = lambda x: encoded(model, x, device)
     z, z_val = codes(judge.x), codes(x_val)
     temperature = metrics.get("temperature") or match_contrast(
         in_chunks(lambda c: model.decoder(c.to(device)).cpu(), z_val), x_val)
-    decode = lambda z, t=temperature: in_chunks(lambda c: model.decode(c.to(device), t).cpu(), z)
+    decode = lambda z, t=temperature: decoded(model, z, device, t)
     if not metrics:
         rebuilt = [decode(codes(x)) for x in (judge.x_some, judge.x[: round(len(z) * judge.p)],
                                               judge.x_mixed, judge.x_rare)]
@@ -604,9 +615,7 @@ def additions(arm: str, x: Tensor, y: Tensor, z: Tensor | None, z_val: Tensor | 
             partner[of] = members[near[torch.arange(len(of)), pick]]  # 0 is the code itself
         t = torch.rand(len(source), 1, generator=g)
         return decode(z[source] + t * (z[partner] - z[source])), y[source]
-    mean, factor, h = local_gaussians(z, z_val)
-    noise = torch.randn(len(source), z.shape[1], 1, generator=g)
-    return decode(mean[source] + h * (factor[source] @ noise)[..., 0]), y[source]
+    return decode(draw_codes("local", len(source), z, z_val, seed, source)[0]), y[source]
 
 
 def baseline_file(root: Path, arm: str, config: dict) -> Path:
@@ -642,10 +651,8 @@ def downstream(config: dict, folder: Path, data, device) -> None:
             common.restore(folder, config, {"model": model}, "best_model.pt")
             model = model.to(device, memory_format=torch.channels_last).eval()
             temperature = common.load_json(folder / "final_metrics.json")["temperature"]
-            z, z_val = (in_chunks(lambda c, m=model: m.encode(c.to(device))[0].cpu(), v)
-                        for v in (x, x_val))
-            decode = lambda z, m=model, t=temperature: in_chunks(
-                lambda c: m.decode(c.to(device), t).cpu(), z)
+            z, z_val = encoded(model, x, device), encoded(model, x_val, device)
+            decode = lambda z, m=model, t=temperature: decoded(m, z, device, t)
         x_more, y_more = additions(arm, x, y, z, z_val, decode, config["seed"])
         began = time.perf_counter()
         classifier = common.train_classifier(
@@ -814,16 +821,13 @@ def downstream_section(root: Path, models: dict[str, list]) -> list[str]:
                                       for key in DOWNSTREAM]] for name in baselines + generated]
     differences, better = [], []
     for a in generated:
-        texts = {}
         for key in ["balanced_accuracy", "rare_recall"]:
-            for b in baselines:
-                seeds = sorted(set(arms[a]) & set(arms[b]))
-                texts[key, b] = common.paired(*[[of(name, key)[s] for s in seeds] for name in (
-                    a, b)]) if seeds else "–"
-            differences.append([f"{a}: {DOWNSTREAM[key]}", *[texts[key, b] for b in baselines]])
-        if all("a significant difference" in texts["balanced_accuracy", b] and "(+" in texts[
-                "balanced_accuracy", b] for b in baselines):
-            better.append(a)
+            both = [sorted(set(arms[a]) & set(arms[b])) for b in baselines]
+            found = [common.paired(*[[of(name, key)[s] for s in seeds] for name in (a, b)])
+                     if seeds else None for b, seeds in zip(baselines, both, strict=True)]
+            differences.append([f"{a}: {DOWNSTREAM[key]}", *[d or "–" for d in found]])
+            if key == "balanced_accuracy" and all(d and d.sign > 0 for d in found):
+                better.append(a)
     against = f"in balanced accuracy than adding {' or '.join(baselines)}"
     verdict = (f"{'; '.join(better)}: better {against}, each interval excluding zero" if better
                else f"No model's images are shown to be better {against}")
@@ -959,8 +963,8 @@ def compared(what: str, a: list, s_a: str, b: list, s_b: str) -> list[str]:
             continue
         found = common.paired(u, v)
         said.append(f"{name} {found}")
-        if "a significant" in found:
-            (better if sign * (np.mean(u) - np.mean(v)) > 0 else worse).append(name)
+        if found.sign:
+            (better if found.sign == sign else worse).append(name)
     if not said:
         return []
     outcome = [f"{word}: {', '.join(names)}" for word, names in [("better", better),

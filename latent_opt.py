@@ -46,6 +46,7 @@ from common import get
 
 SHOWN_EPOCHS = [1, 5, 10, 20, 30]  # and the last
 INFERENCE_STEPS = 300
+SUPERVISED_EPOCHS = 12
 MODELS = {"vae": "amortised VAE", "latent_opt": "latent optimisation"}
 
 # ------------------------------------------------------------------------------------------- Config
@@ -154,22 +155,6 @@ class Decoder(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         return self.body(z)
-
-
-class Classifier(nn.Module):
-    """The supervised baseline: images to logits (B, 10)."""
-
-    def __init__(self):
-        super().__init__()
-
-        def block(i: int, o: int) -> list[nn.Module]:
-            return [nn.Conv2d(i, o, 3, padding=1), nn.BatchNorm2d(o), nn.ReLU(), nn.MaxPool2d(2)]
-
-        self.body = nn.Sequential(*block(1, 32), *block(32, 64), *block(64, 64), nn.Flatten(),
-                                  nn.Dropout(0.3), nn.Linear(576, 10))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.body(x)
 
 
 # ---------------------------------------------------------------------------------------- Objective
@@ -331,29 +316,6 @@ def train(kind: str, config: dict, x: Tensor, x_val: Tensor, folder: Path, args)
 
 def shown_epochs(config: dict) -> list[int]:
     return sorted({e for e in SHOWN_EPOCHS if e <= config["epochs"]} | {config["epochs"]})
-
-
-def train_classifier(config: dict, x: Tensor, y: Tensor, epochs: int = 12) -> Classifier:
-    """The supervised baseline on the same training images, with random shifts of up to 2 pixels."""
-    seed, n = config["seed"], len(x)
-    torch.manual_seed(common.seed_from(seed, "classifier"))
-    model = Classifier().to(x.device, memory_format=torch.channels_last).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, weight_decay=0.02,
-                                  fused=x.device.type != "mps")
-    steps = max(1, n // 128)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=epochs * steps)
-    for epoch in range(epochs):
-        order = torch.randperm(n, generator=common.generator(seed, "classifier", epoch))
-        for i in order[:steps * 128].split(128):
-            i = i.to(x.device)
-            dy, dx = torch.randint(-2, 3, (2,)).tolist()
-            batch = F.pad(x[i], (2, 2, 2, 2))[:, :, 2 + dy:30 + dy, 2 + dx:30 + dx]
-            loss = F.cross_entropy(model(batch), y[i])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-    return model.eval()
 
 
 # ----------------------------------------------------------------------------------------- Evaluate
@@ -599,9 +561,11 @@ def evaluate(config: dict, args, data, part, trained: dict, real, classifier, fo
     mu = encode(x)[0].cpu()
     models["vae"]["seconds_to_encode"] = time.perf_counter() - timed
     timed = time.perf_counter()
-    supervised = train_classifier(config, x_train, y_train.to(device))
+    supervised = common.train_classifier(
+        x_train, y_train, device, config["seed"], "classifier",
+        steps=SUPERVISED_EPOCHS * max(1, len(x_train) // 128), augment="shift")
     seconds_supervised = time.perf_counter() - timed
-    right = in_chunks(supervised, data.x_test, device).argmax(1) == data.y_test
+    right = supervised.look(data.x_test)[1].argmax(1) == data.y_test
     metrics = {
         "n_test": len(x), "n_train": len(some), "codes": args.codes, "models": models,
         "supervised_accuracy": float(right.double().mean()),
@@ -742,17 +706,15 @@ def answer(runs: list) -> str:
     share = show(runs, "vae", "gaps", "test", "better_share", digits=1, times=100)
     amortisation, approximation = (get(runs, "models", "vae", "gaps", "test", key, "mean")
                                    for key in ["start_gap", "approximation_gap"])
-    text = common.paired(amortisation, approximation)
-    larger = "amortisation" if np.mean(amortisation) > np.mean(approximation) else "approximation"
-    said = f"the {larger} gap is the larger" if "a significant" in text else (
-        "one seed does not tell which is the larger" if len(runs) < 2 else
-        "which is the larger cannot be told")
+    found = common.paired(amortisation, approximation)
+    said = {1: "the amortisation gap is the larger", -1: "the approximation gap is the larger",
+            0: "which is the larger cannot be told"}[found.sign]
     c = runs[0]["config"]
     return (f"**Answer.** On test images the encoder's bound is {gap('start_gap')} nats below that "
             "of the best diagonal Gaussian for each image under the same decoder (the amortisation "
             f"gap; that Gaussian is better for {share} % of the images), and that bound "
             f"{gap('approximation_gap')} nats below log p(x) (the approximation gap); {said}: "
-            f"{text}.\n\n" + comparison(runs) + "\n\n"
+            f"{found}.\n\n" + comparison(runs) + "\n\n"
             "Squared errors are per pixel, of decoded means; FID is of decoder means. The models "
             "are compared after equal epochs, not at their best: after "
             f"{c['epochs'] * c['latent_steps']} small steps each, the latents of training images "
@@ -775,13 +737,12 @@ def comparison(runs: list) -> str:
              ("fid", "gaussian"), None, True, 2)]:
         a, b = (get(runs, "models", *path) for path in [("latent_opt", *keys),
                                                         ("vae", *(vae or keys))])
-        text = common.paired(a, b, digits=digits)
-        best = MODELS["latent_opt" if (np.mean(a) < np.mean(b)) == lower else "vae"]
+        found = common.paired(a, b, digits=digits)
+        best = {0: "one seed: not tested" if found.n < 2 else "not told apart",
+                -1 if lower else 1: MODELS["latent_opt"], 1 if lower else -1: MODELS["vae"]}
         rows.append([what, common.mean_std(b, digits), common.mean_std(a, digits),
-                     text.split(" ")[0] if len(runs) < 2 else
-                     text.split("(", 1)[1].rstrip(")").replace(" 95 % interval", ""),
-                     best if "a significant" in text else
-                     "one seed: not tested" if len(runs) < 2 else "not told apart"])
+                     found.signed(found.mean) + (f", {found.interval()}" if found.n > 1 else ""),
+                     best[found.sign]])
     return common.table(["", *MODELS.values(), "difference, 95 % interval", "better"], rows)
 
 
@@ -864,8 +825,9 @@ def quality_section(runs: list) -> str:
     ratio = [b / a for a, b in zip(*[get(runs, "models", name, "seconds_per_epoch")
                                      for name in MODELS], strict=True)]
     accuracy = lambda key: common.mean_std([100 * v for v in get(runs, key)])
-    fitted = "; ".join(f"{title} " + common.paired(*[get(runs, "models", name, "fid", key)
-                                                     for key in ["gaussian", "prior"]])
+    gaussian_and_prior = lambda name: [get(runs, "models", name, "fid", key)
+                                       for key in ["gaussian", "prior"]]
+    fitted = "; ".join(f"{title} {common.paired(*gaussian_and_prior(name))}"
                        for name, title in MODELS.items())
     half = np.mean([196 * math.sqrt(p * (1 - p) / m["n_test"])
                     for name in MODELS for p in get(runs, "models", name, "probe_accuracy")])
