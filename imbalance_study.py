@@ -56,7 +56,7 @@ import common
 
 SOURCE_LIFT = {"ae": 0.10, "vae": 6.0, "ga-ae": 0.50}  # expected by its author, never measured
 HEADLINE = {"vae": "prior", "ae": "prior", "ga-ae": "local"}
-SAMPLERS = ["prior", "gaussian", "gmm", "local"]
+SAMPLERS = ["prior", "gaussian", "gmm", "local", "pullback"]
 # what counts as keeping the rare class, fixed before the runs: (low, high) of the mean over seeds
 CRITERIA = {"calibrated lift": (0.9, 1.1), "clear lift": (0.85, math.inf),
             "rare coverage / real": (0.9, math.inf), "FID / floor": (0, 3),
@@ -335,19 +335,21 @@ def decoded(model: Autoencoder, z: Tensor, device, temperature: float) -> Tensor
     return in_chunks(lambda c: model.decode(c.to(device), temperature).cpu(), z)
 
 
-def local_codes(z: Tensor, around: Tensor, g: torch.Generator, k: int = 10,
-                share: float = 0.5) -> Tensor:
+def local_codes(z: Tensor, around: Tensor, g: torch.Generator, at: Tensor | None = None,
+                k: int = 10, share: float = 0.5) -> Tensor:
     """Codes (n, d) drawn around training codes z (N, d) at indices (n,).
 
     With z_j a code and its k nearest, of mean m and covariance S, a draw is Gaussian about
     m + share (z_i - m) with covariance (1 - share^2) S: moved towards the mean as much as the
     noise spreads, a kernel keeps the spread of the codes (West 1993). The noise is a random
-    combination of the z_j - m, in their span however large d is.
+    combination of the z_j - m, in their span however large d is. Near is near in `at` (N, D),
+    if not given in z.
     """
-    codes, norm = z[around], z.square().sum(1)
-    near = torch.cat([torch.addmm(norm, c, z.T, alpha=-2).topk(min(k + 1, len(z)),
-                                                               largest=False).indices
-                      for c in codes.split(500)])  # the code itself among them
+    at, codes = z if at is None else at, z[around]
+    norm = at.square().sum(1)
+    near = torch.cat([torch.addmm(norm, c, at.T, alpha=-2).topk(min(k + 1, len(z)),
+                                                                largest=False).indices
+                      for c in at[around].split(500)])  # the code itself among them
     mean = z[near].mean(1)
     weight = torch.randn(near.shape, generator=g) * math.sqrt((1 - share**2)
                                                               / max(1, near.shape[1] - 1))
@@ -355,11 +357,13 @@ def local_codes(z: Tensor, around: Tensor, g: torch.Generator, k: int = 10,
     return mean + share * (codes - mean) + noise
 
 
-def draw_codes(sampler: str, n: int, z: Tensor, seed: int) -> Tensor:
+def draw_codes(sampler: str, n: int, z: Tensor, seed: int, decode=None) -> Tensor:
     """n codes (n, d) from a sampler fitted to training codes z (N, d).
 
     prior: N(0, I). gaussian: full covariance. gmm: 10 full components (scikit-learn). local:
-    local_codes around random ones. Draws have a generator of their own; all of it is on the CPU.
+    local_codes around random ones. pullback: the same with the codes whose decoded images are
+    nearest, near in the metric G that the decoder pulls back, to first order. Draws have a
+    generator of their own; all of it is on the CPU.
     """
     g, d = common.generator(seed, "sampler", sampler), z.shape[1]
     noise = torch.randn(n, d, generator=g)
@@ -375,7 +379,8 @@ def draw_codes(sampler: str, n: int, z: Tensor, seed: int) -> Tensor:
         which = torch.multinomial(torch.from_numpy(gmm.weights_), n, True, generator=g)
         factor = torch.linalg.cholesky(torch.from_numpy(gmm.covariances_)).float()[which]
         return torch.from_numpy(gmm.means_).float()[which] + (factor @ noise[:, :, None])[..., 0]
-    return local_codes(z, torch.randint(len(z), (n,), generator=g), g)
+    at = decode(z).flatten(1) if sampler == "pullback" else None
+    return local_codes(z, torch.randint(len(z), (n,), generator=g), g, at)
 
 
 def match_contrast(logits: Tensor, x: Tensor) -> float:
@@ -549,7 +554,7 @@ def evaluate(config: dict, args, data, part, model, history, classifier, folder,
         figures_of_training(config, folder, history, z_val, data.y_train[part["val"]])
     for sampler in todo:
         start = time.perf_counter()
-        drawn = draw_codes(sampler, args.samples, z, config["seed"])
+        drawn = draw_codes(sampler, args.samples, z, config["seed"], decode)
         x = decode(drawn)
         seconds = time.perf_counter() - start
         scores, probs = judge.score(x)
@@ -893,8 +898,9 @@ def section(root: Path, cell: dict, models: dict[str, list], stem: str) -> list[
               f"![Every model with every sampler]({stem}_ablation.png)",
               "Rows differ in the model, columns in the sampler alone. AE + local and λ = 0 + "
               "local are the fair baselines of the geometry. Local codes lie about a random "
-              "training code, within the spread of its ten nearest. The codes of a VAE are its "
-              "posterior means.", "### Pictures", f"![Classes of the samples]({stem}_classes.png)"]
+              "training code, within the spread of its ten nearest; pullback: of the ten whose "
+              "decoded images are nearest. The codes of a VAE are its posterior means.",
+              "### Pictures", f"![Classes of the samples]({stem}_classes.png)"]
     for m, s in head.items():
         names = [f"samples_{s}.png", "rare_clearest.png", "nearest.png", "losses.png", "tsne.png"]
         lines += [f"#### {m}, seed {models[m][0]['config']['seed']}",
@@ -921,7 +927,9 @@ def answer(digit: int, models: dict, head: dict) -> str:
                        ("Geometry (ga-ae against its λ = 0, both local)",
                         ("ga-ae", "local"), ("ga-ae λ=0", "local")),
                        ("ga-ae against the plain ae, both local", ("ga-ae", "local"),
-                        ("ae", "local"))]:
+                        ("ae", "local")),
+                       ("Neighbours by the geometry (ga-ae, pullback against local)",
+                        ("ga-ae", "pullback"), ("ga-ae", "local"))]:
         if a[0] in models and b[0] in models:
             parts += compared(what, models[a[0]], a[1], models[b[0]], b[1])
     return "\n\n".join(parts)
