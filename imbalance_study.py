@@ -84,7 +84,8 @@ def parse_args(argv=None):
          help="ga-ae: gamma, of |z|^2 / 2")
     flag("--geometry", type=number(float, 0), nargs="+", default=[GEOMETRY],
          help="ga-ae: lambda, of the distortion; nats per unit")
-    flag("--sampler", choices=SAMPLERS, nargs="+", default=SAMPLERS, help="how codes are drawn")
+    flag("--sampler", choices=SAMPLERS, nargs="+", default=SAMPLERS[:4],
+         help="how codes are drawn (if not given: by all but pullback)")
     flag("--samples", type=number(int, 2000), default=20_000, help="images per run and sampler")
     flag("--downstream", action="store_true",
          help="also train classifiers on the training images with generated ones added")
@@ -1130,12 +1131,13 @@ def heat_map(axes, cells: np.ndarray, rows: list, columns: list, title: str, ide
 
 def ablation_figure(path: Path, models: dict) -> None:
     figure = Figure(figsize=(12, 1.2 + 0.6 * len(models)))
+    samplers = [s for s in SAMPLERS if any(values(runs, s, "fid") for runs in models.values())]
     for axes, (key, name, ideal) in zip(figure.subplots(1, 3), [
             ("calibrated_lift", "calibrated lift", 1), ("clear_lift", "clear lift", 1),
             ("fid", "FID", 0)], strict=True):
-        cells = np.array([[np.mean(values(runs, s, key) or [np.nan]) for s in SAMPLERS]
+        cells = np.array([[np.mean(values(runs, s, key) or [np.nan]) for s in samplers]
                           for runs in models.values()])
-        heat_map(axes, cells, list(models), SAMPLERS, name, ideal)
+        heat_map(axes, cells, list(models), samplers, name, ideal)
     figure.tight_layout()
     common.save_figure(path, figure)
 

@@ -128,6 +128,37 @@ def latent_table() -> str:
                          f"probe accuracy (supervised {right})", "s per epoch"], rows)
 
 
+def summary_table() -> str:
+    """The README's first table: what each study found, beside what its source had."""
+    rows, models = [], imbalance_runs()
+    add = lambda study, what, *row: rows.append([f"{study}: {what}", *row])
+    for m, sampler in imbalance_study.HEADLINE.items():
+        lift = [r["metrics"]["samplers"][sampler]["calibrated_lift"] for r in models[m]]
+        add("imbalance", f"lift of the 9 at 2 %: {m}, {sampler} codes", common.mean_std(lift),
+            len(lift), "1", f"{imbalance_study.SOURCE_LIFT[m]:g}, expected")
+    runs = vae_runs()
+    kingma, grey = runs["mlp500_z20_dynamic_adam_0.001"], runs["mlp500_z64_grey_adam_0.001"]
+    add("VAE", "−ELBO, 20 dimensions, 500 units, binarised (nats)",
+        show(kingma, "negative_elbo"), len(kingma), "–", "≈ 100, protocol not stated")
+    add("VAE", "validation loss, 64 dimensions, grey (nats)", show(grey, "validation", "loss"),
+        len(grey), show(grey[:1], "pixel_entropy"), "100.35, a minimum over epochs")
+    for dataset, source in gan_vs_vae.SOURCE.items():
+        for model, figure in zip(["gan", "vae"], source, strict=True):
+            if best := gan_vs_vae.best_of(gan_groups(), dataset, model):
+                add("GAN against VAE", f"FID of the best {model.upper()}, {dataset}",
+                    show(best[1], "fid"), len(best[1]),
+                    show(best[1][:1], "scale", "real", "fid", digits=3),
+                    f"{figure:g}, other features")
+    latent = latent_runs()
+    gap = lambda key: show(latent, "models", "vae", "gaps", "test", key, "mean")
+    add("latent optimisation", "amortisation gap of the encoder (nats)", gap("start_gap"),
+        len(latent), "0", "–")
+    add("latent optimisation", "accuracy of the supervised baseline (%)",
+        common.mean_std([100 * v for v in get(latent, "supervised_accuracy")]), len(latent), "100",
+        "–")
+    return common.table(["study: what", "here", "n", "ideal or floor", "source"], rows)
+
+
 def expect(found: str, runs: list) -> str:
     """A docstring's line: what was found, on what, how long a run took."""
     minutes = np.mean([r["metrics"]["seconds_train"] for r in runs]) / 60
@@ -178,8 +209,8 @@ def results_readme() -> str:
     return "\n\n".join(parts) + "\n"
 
 
-TABLES = {"imbalance": imbalance_table, "vae": vae_table, "latent": latent_table,
-          "gan": gan_table}
+TABLES = {"summary": summary_table, "imbalance": imbalance_table, "vae": vae_table,
+          "latent": latent_table, "gan": gan_table}
 EXPECT = {"imbalance_study.py": imbalance_expect, "vae_mnist.py": vae_expect,
           "latent_opt.py": latent_expect, "gan_vs_vae.py": gan_expect}
 

@@ -186,7 +186,7 @@ def test_glyphs_are_deterministic_varied_digits():
 
 def test_a_run_end_to_end_writes_what_it_should(tmp_path):
     argv = [*SMOKE, "--out-dir", str(tmp_path)]
-    metrics = study.main([*argv, "--model", "vae", "ga-ae"])
+    metrics = study.main([*argv, "--model", "vae", "ga-ae", "--sampler", *study.SAMPLERS])
     assert set(metrics) == {"vae_digit9_2pct/seed_0", "ga-ae_digit9_2pct/seed_0"}
     root = tmp_path / "imbalance_study/glyphs"
     folder = root / "ga-ae_digit9_2pct/seed_0"
