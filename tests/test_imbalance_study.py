@@ -151,6 +151,9 @@ def test_local_codes_have_the_moments_of_their_neighbourhood():
     assert torch.allclose(codes.T.cov(), 0.64 * near.T.cov(), atol=5e-3)
     assert not torch.equal(*[study.local_codes(z, torch.arange(9), torch.Generator().manual_seed(
         2), at=z * torch.tensor(of)) for of in [[1.0, 1, 1], [1.0, 1, 0]]])
+    codes = torch.randn(3000, 32, generator=g)
+    drawn = study.local_codes(codes, torch.arange(3000).repeat(3), g)
+    assert (drawn.var(0).sum() / codes.var(0).sum()).item() == pytest.approx(1, abs=0.08)
     flat = torch.cat([z, torch.zeros(400, 5)], 1)  # no noise in directions without codes
     assert study.local_codes(flat, torch.arange(400), g)[:, 3:].abs().max() == 0
     assert study.local_codes(z[:1], torch.tensor([0, 0]), g).allclose(z[:1])  # no neighbour
