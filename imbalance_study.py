@@ -1084,9 +1084,12 @@ def geometry_table(models: dict) -> str:
 
 
 def lift_figure(path: Path, models: dict, head: dict) -> None:
-    figure = Figure(figsize=(7, 3.5))
+    """Every model with its own sampler and, for fairness, with local codes."""
+    shown = dict.fromkeys([*head.items(), *[(m, "local") for m, runs in models.items()
+                                            if values(runs, "local", "rare_lift")]])
+    figure = Figure(figsize=(1 + 1.3 * len(shown), 3.5))
     axes = figure.subplots()
-    for i, (m, s) in enumerate(head.items()):
+    for i, (m, s) in enumerate(shown):
         for j, (key, name) in enumerate([("rare_lift", "arg-max"),
                                          ("calibrated_lift", "calibrated"),
                                          ("clear_lift", "clear (p ≥ 0.9)")]):
@@ -1099,11 +1102,12 @@ def lift_figure(path: Path, models: dict, head: dict) -> None:
             axes.errorbar(at, v, bars, fmt="o", color=f"C{j}", ms=4, capsize=3,
                           label=name if not i else None)
     axes.axhline(1, color="k", lw=0.8, ls=":")
-    axes.set_xticks(range(len(head)), [f"{m}\n{s}" for m, s in head.items()])
+    axes.set_xticks(range(len(shown)), [f"{m}\n{s}" for m, s in shown])
     axes.set(ylabel="lift (1 is faithful)",
              title="Rare lift, a point per seed; bars: 95 % interval")
     axes.set_ylim(bottom=0)
-    axes.legend()
+    axes.legend(loc="upper right")
+    figure.tight_layout()
     common.save_figure(path, figure)
 
 
