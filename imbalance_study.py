@@ -1035,7 +1035,7 @@ def quality_table(models: dict, head: dict) -> str:
 def criteria_table(models: dict) -> str:
     """What counts as keeping the rare class, for every model with the local sampler."""
     keys = ["calibrated_lift", "clear_lift", "coverage_ratio", "fid_ratio", "copying"]
-    rows = [[m, *[f"{common.mean_std(found)} {'met' if met(name, found) else 'missed'}"
+    rows = [[m, *[f"{common.mean_std(found, 3)} {'met' if met(name, found) else 'missed'}"
                   if (found := values(runs, "local", key)) else "–"
                   for name, key in zip(CRITERIA, keys, strict=True)]]
             for m, runs in models.items() if values(runs, "local", "fid")]
