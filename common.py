@@ -739,7 +739,11 @@ def open_runs(folders: Sequence[Path], configs: Sequence[dict], args) -> None:
                                 "it")
     for folder, config in zip(folders, configs, strict=True):
         if args.fresh and folder.exists():
-            shutil.rmtree(folder)
+            try:
+                shutil.rmtree(folder)
+            except OSError as error:  # names the file alone, without its folder
+                raise UserError(f"{folder} cannot be removed ({error.strerror}: {error.filename}); "
+                                "take another --out-dir") from None
         folder.mkdir(parents=True, exist_ok=True)
         for half in folder.rglob(".*-*"):  # what a process was writing when it was killed
             half.unlink()

@@ -145,6 +145,25 @@ def test_a_full_disk_keeps_what_was_there(tmp_path, monkeypatch):
     assert all(file.read_bytes() == content for file, content in before.items())
 
 
+def test_a_read_only_folder_is_one_line_and_stays(tmp_path):
+    argv = [*SMOKE["vae_mnist"], "--out-dir", str(tmp_path)]
+    vae_mnist.main(argv)
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    folders = [tmp_path, *(folder for folder in tmp_path.rglob("*") if folder.is_dir())]
+    for folder in folders:
+        folder.chmod(0o555)
+    # root may write everywhere, unless it gives up that right
+    without = ["setpriv", "--bounding-set=-dac_override"] if os.getuid() == 0 else []
+    command = [*without, sys.executable, str(ROOT / "vae_mnist.py"), *argv]
+    for more in [["--seeds", "1"], ["--fresh"]]:
+        result = subprocess.run([*command, *more], text=True, capture_output=True, timeout=120)
+        assert result.returncode == 2 and "Permission denied" in result.stderr, result.stderr
+        assert len(result.stderr.splitlines()) == 1 and str(tmp_path) in result.stderr
+    for folder in folders:
+        folder.chmod(0o755)
+    assert before == {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+
+
 def test_a_folder_removed_meanwhile_is_one_line(tmp_path, monkeypatch, capsys):
     argv, real = [*SMOKE["vae_mnist"], "--out-dir", str(tmp_path)], common.save_epoch
     other = vae_mnist.main([*argv, "--seeds", "1"])
