@@ -404,6 +404,21 @@ def test_the_downstream_answer_follows_the_numbers(tmp_path, gain):
     assert study.downstream_section(tmp_path / "elsewhere", models) == []
 
 
+@pytest.mark.parametrize(("lifts", "half", "noise"), [
+    ([1.04, 1.05, 1.06], 0.01, False), ([1.0, 1.05, 1.1], 0.01, True),  # of the seeds
+    ([1.04, 1.05, 1.06], 0.06, True), ([1.05], 0.01, False)])  # within a run
+def test_a_verdict_that_noise_decides_is_called_so(lifts, half, noise):
+    runs = [{"metrics": {"samplers": {"local": {
+        "calibrated_lift": v, "calibrated_lift_low": v - half, "calibrated_lift_high": v + half,
+        "fid": 0.1, "copying": 0.8, "clear_lift": 1.0,
+        "rare": {"coverage": 0.9}, "rare_real": {"coverage": 0.9}}}, "fid_floor": 0.1}}
+        for v in lifts]
+    assert study.within_noise("calibrated lift", lifts, runs) == noise
+    row = study.criteria_table({"ae": runs}).splitlines()[2].split("|")
+    assert "met" in row[2] and ("within noise" in row[2]) == noise
+    assert "within noise" not in "".join(row[3:])  # the others are the same for all seeds
+
+
 def test_a_process_from_another_folder_and_an_unwritable_one(tmp_path):
     result = script("imbalance_study.py", *SMOKE, "--model", "ae", "--sampler", "prior",
                     cwd=tmp_path)
