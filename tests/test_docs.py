@@ -71,15 +71,16 @@ def vae_table() -> str:
         objective = f"IWAE, k = {c['k']}" if c["objective"] == "iwae" else "ELBO"
         rows.append([
             vae_mnist.network(c), c["latent_dim"], "grey" if grey else "binarised", objective,
-            len(rs), show(rs, "validation", "loss"), show(rs, "negative_elbo"),
+            f"{c['optimizer']} {c['lr']:g}", len(rs), show(rs, "validation", "loss"),
+            show(rs, "negative_elbo"),
             "–" if grey else show(rs, "likelihood", "nll"),
             "{} {:g}".format(*known[:2]) if (known := vae_mnist.published(c)) else "–",
             show(rs, "active_units", digits=0), show(rs, "fid")])
     runs = [r for rs in groups.values() for r in rs]
     floor = np.mean(get(runs, "fid_floor"))
     rows.sort(key=lambda row: (row[2], row[0], row[1], row[3]))
-    return common.table(["net", "d", "pixels", "objective", "n",
-                         "validation", "−ELBO", "NLL", "published", "active units",
+    return common.table(["net", "d", "pixels", "objective", "optimiser", "n", "validation",
+                         "−ELBO", "NLL", "published", "active units",
                          f"FID (floor {floor:.2f})"], rows)
 
 
@@ -139,7 +140,7 @@ def summary_table() -> str:
             if imbalance_study.HEADLINE[m] == sampler else "–")
     runs = vae_runs()
     kingma, grey = runs["mlp500_z20_dynamic_adam_0.001"], runs["mlp500_z64_grey_adam_0.001"]
-    add("VAE", "−ELBO, 20 dimensions, 500 units, binarised (nats)",
+    add("VAE", "−ELBO, 20 dimensions, 500 units, binarised, default rate (nats)",
         show(kingma, "negative_elbo"), len(kingma), "–", "≈ 100, protocol not stated")
     add("VAE", "−ELBO, 64 dimensions, grey (nats)", show(grey, "negative_elbo"), len(grey),
         show(grey[:1], "pixel_entropy"), "100.35, on validation images")
