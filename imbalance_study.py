@@ -777,7 +777,7 @@ def across(root: Path, cells: dict, axis: str) -> list[str]:
             unsure = sum(within_noise("calibrated lift", lifts[v], found[v]) for v in lifts)
             said.append(f"{m}: calibrated lift within {CRITERIA['calibrated lift'][0]:g}–"
                         f"{CRITERIA['calibrated lift'][1]:g} for {good} of {len(lifts)}"
-                        f"{f' ({unsure} of them decided by noise)' if unsure else ''}, from "
+                        f" ({unsure} of the {len(lifts)} within noise of a limit), from "
                         f"{np.mean(lifts[low]):.2f} ({name(low)}) to {np.mean(lifts[high]):.2f} "
                         f"({name(high)})")
         file = f"digits_{100 * cell['rare_ratio']:g}pct" if digits else (
@@ -1048,8 +1048,8 @@ def criteria_table(models: dict) -> str:
         f"≤ {high:g}" if not low else f"≥ {low:g}" if high == math.inf else f"{low:g}–{high:g}")
     return common.table(["", *[title(name, *span) for name, span in CRITERIA.items()]], rows) + (
         "\n\nMet or missed by the mean over seeds. Within noise: a limit lies in the 95 % "
-        "t-interval of that mean, or of the calibrated lift within a run; another set of seeds may "
-        "decide otherwise.")
+        "t-interval of that mean, or in that of the calibrated lift within the runs; other seeds "
+        "may decide otherwise.")
 
 
 def within_noise(name: str, found: list[float], runs: list) -> bool:
@@ -1060,7 +1060,7 @@ def within_noise(name: str, found: list[float], runs: list) -> bool:
     if name == "calibrated lift":
         low, high = (values(runs, "local", f"{name.replace(' ', '_')}_{end}")
                      for end in ["low", "high"])
-        half = max(half, np.subtract(high, low).mean() / 2)
+        half = max(half, np.subtract(high, low).mean() / 2 / math.sqrt(len(found)))
     return any(abs(np.mean(found) - limit) <= half for limit in CRITERIA[name])
 
 

@@ -155,12 +155,14 @@ def test_a_read_only_folder_is_one_line_and_stays(tmp_path):
     # root may write everywhere, unless it gives up that right
     without = ["setpriv", "--bounding-set=-dac_override"] if os.getuid() == 0 else []
     command = [*without, sys.executable, str(ROOT / "vae_mnist.py"), *argv]
-    for more in [["--seeds", "1"], ["--fresh"]]:
-        result = subprocess.run([*command, *more], text=True, capture_output=True, timeout=120)
-        assert result.returncode == 2 and "Permission denied" in result.stderr, result.stderr
-        assert len(result.stderr.splitlines()) == 1 and str(tmp_path) in result.stderr
-    for folder in folders:
-        folder.chmod(0o755)
+    try:
+        for more in [["--seeds", "1"], ["--fresh"]]:
+            result = subprocess.run([*command, *more], text=True, capture_output=True, timeout=120)
+            assert result.returncode == 2 and "Permission denied" in result.stderr, result.stderr
+            assert len(result.stderr.splitlines()) == 1 and str(tmp_path) in result.stderr
+    finally:  # or pytest could not remove them
+        for folder in folders:
+            folder.chmod(0o755)
     assert before == {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
 
 

@@ -406,7 +406,8 @@ def test_the_downstream_answer_follows_the_numbers(tmp_path, gain):
 
 @pytest.mark.parametrize(("lifts", "half", "noise"), [
     ([1.04, 1.05, 1.06], 0.01, False), ([1.0, 1.05, 1.1], 0.01, True),  # of the seeds
-    ([1.04, 1.05, 1.06], 0.06, True), ([1.05], 0.01, False)])  # within a run
+    ([1.04, 1.05, 1.06], 0.06, False), ([1.04, 1.05, 1.06], 0.1, True),  # of three runs
+    ([1.05], 0.06, True), ([1.05], 0.01, False)])  # of one
 def test_a_verdict_that_noise_decides_is_called_so(lifts, half, noise):
     runs = [{"metrics": {"samplers": {"local": {
         "calibrated_lift": v, "calibrated_lift_low": v - half, "calibrated_lift_high": v + half,
