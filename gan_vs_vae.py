@@ -28,10 +28,12 @@ Radford et al. 2016, arXiv:1511.06434 (DCGAN); Kingma and Welling 2014, arXiv:13
 al. 2018, arXiv:1802.05957 (spectral normalisation).
 """
 
+import copy
 import itertools
 import math
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -57,7 +59,7 @@ COLLAPSE = {"entropy": 2.0, "classes": 10, "recall": 0.2}  # nats of at most 2.3
 
 
 def parse_args(argv=None):
-    p = common.Parser(__doc__, epochs=10, batch_size=128, lr=2e-4, several_datasets=True)
+    p = common.Parser(__doc__, epochs=10, batch_size=64, lr=2e-4, several_datasets=True)
     flag, number = p.add_argument, common.number
     flag("--model", choices=["gan", "vae", "vae-gan", "tuned-gan"], nargs="+",
          default=["gan", "vae", "vae-gan", "tuned-gan"], help="what to train")
@@ -143,11 +145,24 @@ def convolutions(outputs: int, norm: str = "batch") -> nn.Sequential:
     """
     wrap = nn.utils.parametrizations.spectral_norm if norm == "spectral" else lambda layer: layer
     return nn.Sequential(
-        nn.PixelUnshuffle(2), wrap(nn.Conv2d(4, 32, 3, padding=1)), nn.LeakyReLU(0.2),
-        # (B, 32, 14, 14)
-        wrap(nn.Conv2d(32, 64, 4, stride=2, padding=1)),  # (B, 64, 7, 7)
-        *([nn.BatchNorm2d(64)] if norm == "batch" else []), nn.LeakyReLU(0.2), nn.Flatten(),
-        wrap(nn.Linear(3136, outputs)))
+        nn.PixelUnshuffle(2), wrap(nn.Conv2d(4, 24, 3, padding=1)), nn.LeakyReLU(0.2),
+        # (B, 24, 14, 14)
+        wrap(nn.Conv2d(24, 48, 4, stride=2, padding=1)),  # (B, 48, 7, 7)
+        *([nn.BatchNorm2d(48)] if norm == "batch" else []), nn.LeakyReLU(0.2), nn.Flatten(),
+        wrap(nn.Linear(48 * 49, 256)), nn.LeakyReLU(0.2), wrap(nn.Linear(256, outputs)))
+
+
+def initialised(module: nn.Module, device) -> nn.Module:
+    """The module on the device with weights from N(0, 0.02²), as DCGAN's (Radford et al. 2016);
+    layers under spectral normalisation, which rescales them, keep torch's own.
+    """
+    for layer in module.modules():
+        if nn.utils.parametrize.is_parametrized(layer):
+            continue
+        if isinstance(layer, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
+            nn.init.normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+    return module.to(device, memory_format=torch.channels_last)
 
 
 def perceptron(inputs: int, outputs: int) -> nn.Sequential:
@@ -212,13 +227,11 @@ class Gan:
 
     def __init__(self, config: dict, device):
         self.loss, self.z_dim, self.average = config["loss"], config["z_dim"], None
-        self.G = Generator(self.z_dim).to(device, memory_format=torch.channels_last)
-        self.D = convolutions(1, config.get("norm", "batch")).to(
-            device, memory_format=torch.channels_last)
+        self.G = initialised(Generator(self.z_dim), device)
+        self.D = initialised(convolutions(1, config.get("norm", "batch")), device)
         self.modules = {"G": self.G, "D": self.D}
         if config["model"] == "tuned-gan":
-            self.average = Generator(self.z_dim).to(device, memory_format=torch.channels_last)
-            self.average.load_state_dict(self.G.state_dict())
+            self.average = copy.deepcopy(self.G)
             self.modules["average"] = self.average
         self.optimizers = {"optimizer_G": adam(config["lr"], self.G),
                            "optimizer_D": adam(config.get("lr_d", config["lr"]), self.D)}
@@ -250,8 +263,8 @@ class Vae:
 
     def __init__(self, config: dict, device):
         self.z_dim = config["latent_dim"]
-        self.E = convolutions(2 * self.z_dim).to(device, memory_format=torch.channels_last)
-        self.G = Generator(self.z_dim).to(device, memory_format=torch.channels_last)
+        self.E = initialised(convolutions(2 * self.z_dim), device)
+        self.G = initialised(Generator(self.z_dim), device)
         self.modules = {"G": self.G, "E": self.E}
         self.optimizers = {"optimizer": adam(config["lr"], self.E, self.G)}
 
@@ -278,7 +291,7 @@ class VaeGan:
         self.z_dim = max(NOISE_DIM, self.d)
         self.H, self.D_z = (perceptron(*sizes).to(device)
                             for sizes in [(self.z_dim, self.d), (self.d, 1)])
-        self.D_x = convolutions(1, "spectral").to(device, memory_format=torch.channels_last)
+        self.D_x = initialised(convolutions(1, "spectral"), device)
         self.modules = {"G": self.G, "E": self.E, "H": self.H, "D_z": self.D_z, "D_x": self.D_x}
         self.optimizers = {"optimizer": adam(config["lr"], self.E, self.G, self.H),
                            "optimizer_D": adam(config["lr"], self.D_z, self.D_x)}
@@ -368,12 +381,13 @@ def train(config: dict, x: Tensor, x_val: Tensor, f_val: Tensor, classifier, fol
             torch.manual_seed(common.seed_from(seed, "validation"))
             names = ["val_loss", "val_reconstruction", "val_kl"]
             row |= dict(zip(names, elbo_of(system, x_val), strict=True))
-        f_gen = classifier.look(draw(system, z_val, x.device))[0]
+        f_gen, probs = classifier.look(draw(system, z_val, x.device))
         if not f_gen.isfinite().all():  # the last step of an epoch has no loss after it
             raise common.UserError(f"the images of {title} are not finite after epoch {epoch}; "
                                    f"{folder} keeps epoch {epoch - 1}; try a lower --lr")
-        row["val_fid"] = common.frechet_distance(f_gen, f_val)
-        history.append(row | {"seconds": seconds})
+        row |= {f"val_{k}": v for k, v in class_histogram(probs).items() if k != "class_share"}
+        row |= {"val_fid": common.frechet_distance(f_gen, f_val), "seconds": seconds}
+        history.append(row)
         best = min(history, key=lambda row: merit(config, row, history))["epoch"] == epoch
         if epoch in shown_epochs(config):
             common.save_grid(folder / f"samples_epoch_{epoch}.png", draw(system, z_shown, x.device),
@@ -426,35 +440,53 @@ def draw(system, z: Tensor, device) -> Tensor:
 
 
 class Judge:
-    """Real test images of a dataset, as every run of it is measured against them."""
+    """Real images of a dataset, as every run of it is measured against them."""
 
     def __init__(self, data: common.Data, classifier, samples: int):
         some = torch.randperm(len(data.x_test), generator=common.generator("test"))[:samples]
         self.look, self.f_test = classifier.look, classifier.look(data.x_test[some])[0]
         self.classifier = {"accuracy": classifier.accuracy, "sha256": classifier.sha256}
-        order = torch.randperm(len(data.x_train), generator=common.generator("real"))[:samples]
-        real, mean = data.x_train[order], data.x_train.mean(0, keepdim=True)
-        p = data.x_test.double()
+        order = torch.randperm(len(data.x_train), generator=common.generator("real"))
+        x, p = data.x_train[order], data.x_test.double()
+        self.f_train = torch.empty(len(x), self.f_test.shape[1])
+        self.f_train[order] = f = self.look(x)[0]  # in the order of data.x_train
         self.scale = {  # what a table needs to be read
-            "real": self.score(real), "pixel_mean": self.score(mean.repeat(samples, 1, 1, 1)),
+            "real": self.score(x[:samples]) | floor(f, self.f_test),
+            "pixel_mean": self.score(x.mean(0, keepdim=True).repeat(samples, 1, 1, 1)),
             "pixel_entropy": float((torch.special.entr(p) + torch.special.entr(1 - p)).sum()
                                    / len(p))}
 
     def score(self, x: Tensor) -> dict:
         """FID, precision, recall, density, coverage and the class histogram of images x."""
         f, probs = self.look(x)
-        share = np.bincount(probs.argmax(1), minlength=10) / len(x)
-        nonzero = share[share > 0]
         return {"fid": common.frechet_distance(f, self.f_test),
-                **common.manifold_metrics(self.f_test, f), "class_share": share.tolist(),
-                "entropy": abs(float((nonzero * np.log(nonzero)).sum())),
-                "classes": int((share >= 0.01).sum())}  # a tenth of an even share
+                **common.manifold_metrics(self.f_test, f), **class_histogram(probs)}
 
 
-def collapsed(scores: dict) -> list[str]:
-    """Which of the thresholds a run fails; empty for a run that has not collapsed."""
-    return [f"{key} {scores[key]:.2g} < {low:g}" for key, low in COLLAPSE.items()
-            if scores[key] < low]
+def class_histogram(probs: Tensor) -> dict:
+    """Shares of the ten classes by arg-max, their entropy in nats, the number of classes with at
+    least 1 %, a tenth of an even share.
+    """
+    share = np.bincount(probs.argmax(1), minlength=10) / len(probs)
+    nonzero = share[share > 0]
+    return {"entropy": abs(float((nonzero * np.log(nonzero)).sum())),
+            "classes": int((share >= 0.01).sum()), "class_share": share.tolist()}
+
+
+def floor(f_train: Tensor, f: Tensor) -> dict:
+    """The FID of real images: mean, spread and number of disjoint sets of training features, each
+    as large as f, against f. One set alone is a noisy floor.
+    """
+    fids = [common.frechet_distance(c, f) for c in f_train.split(len(f)) if len(c) == len(f)][:10]
+    return {"fid": float(np.mean(fids)), "fid_std": float(np.std(fids, ddof=1)), "sets": len(fids)}
+
+
+def collapsed(scores: dict, of: str = "") -> list[str]:
+    """Which of the thresholds a run fails; empty for a run that has not collapsed. of="val_" judges
+    an epoch's row of the history, which has no recall.
+    """
+    return [f"{key} {scores[of + key]:.2g} < {low:g}" for key, low in COLLAPSE.items()
+            if of + key in scores and scores[of + key] < low]
 
 
 def evaluate(config: dict, args, data, part, system, best: dict, history: list, judge: Judge,
@@ -465,12 +497,15 @@ def evaluate(config: dict, args, data, part, system, best: dict, history: list, 
     x_gen = draw(system, z, device)
     seconds = time.perf_counter() - start
     x_train = data.x_train[part["train"]]
-    test_distance = common.nearest(data.x_test[:2000], x_train)[0].mean()
+    some = torch.randperm(len(data.x_test), generator=common.generator("copying"))[:2000]
+    outside = torch.ones(len(data.x_train), dtype=torch.bool)
+    outside[part["val"]] = False
+    test_distance = common.nearest(data.x_test[some], x_train)[0].mean()
     metrics = {
         **judge.score(x_gen), "scale": judge.scale, "n": args.samples,
         "copying": float(common.nearest(x_gen[:2000], x_train)[0].mean() / test_distance),
         "best": best, "last": history[-1],
-        "val_fid_floor": common.frechet_distance(judge.look(x_train[:N_VAL])[0], f_val),
+        "val_fid_floor": floor(judge.f_train[outside], f_val)["fid"],
         "parameters": {k: sum(w.numel() for w in m.parameters())
                        for k, m in system.modules.items()},
         "classifier": judge.classifier, "seconds_to_sample": seconds,
@@ -539,6 +574,13 @@ def all_runs(base: Path) -> dict[str, list]:
                        key=lambda g: order(g[1][0]["config"])))
 
 
+def without_result(base: Path) -> list[str]:
+    """Runs that were begun and have no result: diverged, interrupted, or still going on."""
+    return sorted(f"{folder.parent.name}/{folder.name}" for dataset in common.DATASETS
+                  for folder in (base / dataset).glob("*/seed_*")
+                  if not (folder / "final_metrics.json").exists())
+
+
 def pick(groups: dict, dataset: str | None, *models: str) -> dict[str, list]:
     """The groups of a dataset (or of every one) and of these models (or of every one)."""
     return {name: runs for name, runs in groups.items() for c in [runs[0]["config"]]
@@ -567,6 +609,8 @@ def report(base: Path) -> str:
              f"hybrids; {sum(map(len, groups.values()))} runs. Every measured image is made in "
              "eval mode, by the raw weights of the best epoch; by their moving average in the "
              "tuned GANs alone."]
+    if begun := without_result(base):
+        lines.append(f"Begun, without a result here: {', '.join(begun)}.")
     for title, part in [("Part 1: GANs", gans), ("Part 2: VAEs and hybrids", vaes)]:
         if part:
             lines += [f"## {title}", results_table(part)]
@@ -633,11 +677,14 @@ def results_table(groups: dict) -> str:
     n = min(r["metrics"]["n"] for runs in groups.values() for r in runs)
     entropy = "; ".join(f"{common.DATASETS[d]} {scale['pixel_entropy']:.2f}"
                         for d, scale in scales.items())
+    sets = "; ".join(f"{common.DATASETS[d]}: {s['sets']}, spread {s['fid_std']:.3f}"
+                     for d, scale in scales.items() for s in [scale["real"]])
     return common.table(
         ["run", "n", "FID", *keys, "classes", "copying", "reconstruction + KL = −ELBO",
          "best epoch", "s per epoch"], rows) + (
         f"\n\nFID is in the features of the metric classifier, not Inception's, {n:,} samples "
-        "against as many test images; that of real training images is the floor. Entropy of the "
+        "against as many test images; that of real training images is the floor, the mean over "
+        f"disjoint sets of as many ({sets}). Entropy of the "
         "class histogram in nats (at most 2.30); a class is present with 1 % of the samples. The "
         "best epoch is that of the lowest FID of 5,000 samples on validation images, of a hybrid "
         f"among fine-tuned ones that lose at most {100 * SLACK - 100:.0f} % in reconstruction. "
@@ -737,32 +784,54 @@ def plots(base: Path, groups: dict, datasets: list) -> list[str]:
     return made
 
 
-def effects(gans: dict, measure) -> dict[tuple[str, str], tuple[float, float, int]]:
-    """Mean differences of log `measure` between two values of a setting, over the cells of the grid
-    that are otherwise the same, seeds averaged within a cell: {(setting, "b against a"): (mean,
-    half of the interval, cells)}. The intervals are 95 % for all of them together (Bonferroni).
+class Effect(NamedTuple):
+    """A mean difference of logs over cells of the grid, half of its interval, the number of cells,
+    and the mean of each seed alone.
+    """
+
+    mean: float
+    half: float
+    cells: int
+    seeds: list[float]
+
+    @property
+    def told(self) -> bool:
+        """The interval excludes zero, and every seed agrees on the sign."""
+        return abs(self.mean) > self.half and len({v > 0 for v in self.seeds}) == 1
+
+
+def effects(gans: dict, measure) -> dict[tuple[str, str], Effect]:
+    """The effect on log `measure` of each change of one setting, {(setting, "b against a")}, over
+    the cells of the grid that are otherwise the same, paired by seed and averaged over the seeds
+    within a cell. The intervals are 95 % for all of them together (Bonferroni).
     """
     from scipy.stats import t  # comes with scikit-learn
 
-    cells: dict[tuple, list] = {}
+    cells: dict[tuple, dict] = {}
     for runs in pick(gans, None, "gan").values():
         for r in runs:
             c = r["config"]
             rest = str({k: v for k, v in c.items() if k not in [*FACTORS, "seed"]})
-            cells.setdefault((*[c[k] for k in FACTORS], rest), []).append(math.log(measure(r)))
+            cell = cells.setdefault((*[c[k] for k in FACTORS], rest), {})
+            cell[c["seed"]] = math.log(measure(r))
     differences = {}
     for i, factor in enumerate(FACTORS):
         values = list(dict.fromkeys(cell[i] for cell in cells))
         for a, b in itertools.combinations(values, 2):
-            twin = lambda cell, b=b, i=i: (*cell[:i], b, *cell[i + 1:])
-            d = [np.mean(cells[twin(cell)]) - np.mean(cells[cell]) for cell in cells
-                 if cell[i] == a and twin(cell) in cells]
-            if len(d) > 1:
-                differences[factor, f"{b} against {a}"] = d
-    level = 1 - 0.025 / max(1, len(differences))
-    return {key: (float(np.mean(d)), float(t.ppf(level, len(d) - 1) * np.std(d, ddof=1)
-                                           / math.sqrt(len(d))), len(d))
-            for key, d in differences.items()}
+            twins = [(cells[cell], cells.get((*cell[:i], b, *cell[i + 1:]), {}))
+                     for cell in cells if cell[i] == a]
+            pairs = [{seed: v[seed] - u[seed] for seed in u if seed in v} for u, v in twins]
+            if len(pairs := [d for d in pairs if d]) > 1:
+                differences[factor, f"{b} against {a}"] = pairs
+    level, found = 1 - 0.025 / max(1, len(differences)), {}
+    for key, pairs in differences.items():
+        means = [np.mean(list(d.values())) for d in pairs]
+        seeds = sorted({seed for d in pairs for seed in d})
+        found[key] = Effect(
+            float(np.mean(means)), float(t.ppf(level, len(means) - 1) * np.std(means, ddof=1)
+                                         / math.sqrt(len(means))), len(means),
+            [float(np.mean([d[seed] for d in pairs if seed in d])) for seed in seeds])
+    return found
 
 
 def answer_stability(gans: dict) -> str:
@@ -779,38 +848,39 @@ def answer_stability(gans: dict) -> str:
         "spread of G's gradient norm over epochs": lambda r: changes(r, "g_gradient"),
         "D's errors on real and fake": lambda r: max(  # two in a hundred or fewer: D has won
             np.mean([wrong(h) for h in r["history"][len(r["history"]) // 2:]]), 0.02)}
-    rows, said = [], []
+    rows, said, most = [], [], 0
     for what, measure in measures.items():
         found = effects(gans, measure)
-        for (factor, pair), (mean, half, n) in found.items():
-            low, high = math.exp(mean - half), math.exp(mean + half)
-            rows.append([what, f"{factor}: {pair}", f"{math.exp(mean):.2f}",
-                         f"{low:.2f}–{high:.2f}" if high < 1000 else f"{low:.2f} to > 1000", n,
-                         "yes" if abs(mean) > half else "no"])
-        told = {key: v for key, v in found.items() if abs(v[0]) > v[1]}
+        for (factor, pair), e in found.items():
+            low, high = math.exp(e.mean - e.half), math.exp(e.mean + e.half)
+            rows.append([what, f"{factor}: {pair}", f"{math.exp(e.mean):.2f}",
+                         f"{low:.2f}–{high:.2f}" if high < 1000 else f"{low:.2f} to > 1000",
+                         e.cells, len(e.seeds), "yes" if e.told else "no"])
+            most = max(most, len(e.seeds))
+        told = {key: e for key, e in found.items() if e.told}
         if not told:
             said.append(f"{what}: it cannot be told at this n")
             continue
-        (factor, pair), (mean, half, _) = max(told.items(), key=lambda kv: abs(kv[1][0]))
-        rivals = sorted({k[0] for k, v in found.items()
-                         if k[0] != factor and abs(v[0]) + v[1] > abs(mean) - half})
-        much = f"({pair}: × {math.exp(mean):.2f})"
+        (factor, pair), top = max(told.items(), key=lambda kv: abs(kv[1].mean))
+        rivals = sorted({k[0] for k, e in found.items()
+                         if k[0] != factor and abs(e.mean) + e.half > abs(top.mean) - top.half})
+        much = f"({pair}: × {math.exp(top.mean):.2f})"
         said.append(f"{what}: {factor} moves it " + (
             f"{much}, the only one compared" if len({k[0] for k in found}) == 1 else
             f"{much}, whether more than {' and '.join(rivals)} cannot be told" if rivals else
             f"most {much}"))
     if not rows:
         return "It cannot be told: no two GANs differ in one setting alone, twice."
-    seeds = [len(runs) for runs in pick(gans, None, "gan").values()]
-    return "; ".join(said) + ".\n\n" + common.table(
-        ["measure", "change", "ratio", "95 % interval", "cells", "told from 1"], rows) + (
-        "\n\nRatios between GANs that differ in that setting alone, paired over the cells of the "
-        f"grid; {min(seeds)} to {max(seeds)} seeds averaged within a cell. The intervals of a "
-        "measure hold together with 95 % (Bonferroni). Spread: standard deviation of the change of "
-        "the logarithm from epoch to epoch, second half of the training. D's errors: the share of "
-        "real images and the share of generated ones that it gets wrong, added; near 0 it has won, "
-        "and values below 0.02 count as 0.02. FID is over each dataset's floor, because each has "
-        "its own classifier.")
+    return ("At one seed, so of these very runs: " if most == 1 else "") + "; ".join(
+        said) + ".\n\n" + common.table(
+        ["measure", "change", "ratio", "interval", "cells", "seeds", "told from 1"], rows) + (
+        "\n\nRatios between GANs of the same seed that differ in that setting alone, over the "
+        "cells of the grid, seeds averaged within a cell. The intervals of a measure hold together "
+        "with 95 % (Bonferroni); a ratio is told from 1 if its interval excludes 1 and every seed "
+        "agrees. Spread: standard deviation of the change of the logarithm from epoch to epoch, "
+        "second half of the training. D's errors: the share of real images and the share of "
+        "generated ones that it gets wrong, added; near 0 it has won, and values below 0.02 count "
+        "as 0.02. FID is over each dataset's floor, because each has its own classifier.")
 
 
 def answer_collapse(groups: dict) -> str:
@@ -819,14 +889,19 @@ def answer_collapse(groups: dict) -> str:
     limits = ", ".join(f"{key} < {low:g}" for key, low in COLLAPSE.items())
     found = [f"{name} (seed {r['config']['seed']}: {', '.join(collapsed(r['metrics']))})"
              for name, runs in runs_of.items() for r in runs if collapsed(r["metrics"])]
+    late = [f"{name} (seed {r['config']['seed']}: {', '.join(why)})"
+            for name, runs in runs_of.items() for r in runs
+            if (why := collapsed(r["metrics"]["last"], "val_")) and not collapsed(r["metrics"])]
     n = sum(map(len, runs_of.values()))
     missing = sum(r["metrics"]["classes"] < COLLAPSE["classes"] for runs in runs_of.values()
                   for r in runs)
     vaes = [v for runs in pick(groups, None, "vae").values() for v in get(runs, "recall")]
     return (f"Called collapse, by thresholds fixed before the runs: any of {limits}. "
-            + (f"{len(found)} of {n} runs with an adversary: {'; '.join(found)}. Classes are "
-               f"missing in {missing} of them." if found else
-               f"None of {n} runs with an adversary.")
+            + (f"{len(found)} of {n} runs with an adversary at its best epoch: {'; '.join(found)}. "
+               f"Classes are missing in {missing} of them." if found else
+               f"None of {n} runs with an adversary at its best epoch.")
+            + (f" After it, by the last epoch's samples: {'; '.join(late)}." if late else
+               " None of the others by its last epoch either (entropy and classes).")
             + (f" For comparison, the recall of the VAEs, whose blur lowers it, is {min(vaes):.2f} "
                f"to {max(vaes):.2f}." if vaes else ""))
 

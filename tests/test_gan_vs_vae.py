@@ -111,6 +111,15 @@ def test_the_hybrids_vae_is_unchanged_while_frozen_and_trained_before_and_after(
 # ------------------------------------------------------------------------------------ mode collapse
 
 
+def test_the_floor_is_a_mean_over_disjoint_sets_of_real_images():
+    g = torch.Generator().manual_seed(0)
+    f = torch.randn(3500, 4, generator=g)
+    found = study.floor(f[500:], f[:500])
+    one = common.frechet_distance(f[500:1000], f[:500])
+    assert found["sets"] == 6 and found["fid"] > 0 and found["fid_std"] > 0
+    assert abs(found["fid"] - one) < 4 * found["fid_std"] and found["fid"] != one
+
+
 def test_planted_collapse_is_called_so_and_real_images_are_not(data, classifier):
     judge = study.Judge(data, classifier, 2000)
     x, y = data.x_train[:20_000], data.y_train[:20_000]
@@ -141,7 +150,9 @@ def test_runs_end_to_end_and_the_report_is_made_of_the_json(tmp_path):
         assert (base / file).exists(), file
     (base / "report.md").unlink()
     study.main(["--report-only", "--out-dir", str(tmp_path)])
-    assert (base / "report.md").read_text() == text
+    assert (base / "report.md").read_text() == text and "without a result" not in text
+    (base / "glyphs/glyphs_VAE_latent5/seed_3").mkdir(parents=True)
+    assert "Begun, without a result here: glyphs_VAE_latent5/seed_3." in study.report(base)
     assert study.main(argv) == metrics  # finished: skipped
 
 
@@ -175,6 +186,7 @@ def run(model, fid, seed=0, history=None, **own):
     """A finished run as the report sees it, with only what the answers need."""
     scores = {"fid": fid, "n": 100, "entropy": 2.3, "classes": 10, "recall": 0.8, "precision": 0.9,
               "scale": {"real": {"fid": 0.1}}, "best": {"val_fid": own.pop("val_fid", fid)},
+              "last": {"val_entropy": 2.3, "val_classes": 10} | own.pop("last", {}),
               "elbo": own.pop("elbo", {}), **own.pop("scores", {})}
     rows = history or [{"epoch": e, "val_fid": fid, "accuracy_real": 0.7, "accuracy_fake": 0.7,
                         "g_gradient": 1.0} for e in (1, 2)]
@@ -207,6 +219,15 @@ def test_the_first_answer_follows_the_numbers(better):
         for r in runs:
             r["metrics"]["fid"] = 5 + 0.1 * (-1) ** i
     assert "FID over its floor: it cannot be told" in study.answer_stability(gans)
+    for runs in gans.values():  # a clear mean that one of the three seeds contradicts
+        for r in runs:
+            against = r["config"]["seed"] == 2
+            r["metrics"]["fid"] = {"hinge": 2, "bce": 1.9 if against else 9}[r["config"]["loss"]]
+    assert "FID over its floor: it cannot be told" in study.answer_stability(gans)
+    assert "At one seed" not in study.answer_stability(gans)
+    once = {name: runs[:1] for name, runs in gans.items()}
+    assert study.answer_stability(once).startswith("At one seed, so of these very runs: FID over "
+                                                   "its floor: loss moves it")
     as_much = {name: [r | {"metrics": r["metrics"] | {"fid": {
         "hinge32": 1, "hinge64": 4, "bce32": 4.1, "bce64": 16.2}[name]}} for r in runs]
         for name, runs in gans.items() if "128" not in name}
@@ -228,9 +249,13 @@ def test_a_steady_fall_of_fid_is_no_instability(steady, words):
 
 def test_the_second_answer_follows_the_numbers():
     good = {"a": [run("gan", 5, loss="bce", z_dim=8)]}
-    assert "None of 1 runs" in study.answer_collapse(good)
+    text = study.answer_collapse(good)
+    assert "None of 1 runs" in text and "None of the others by its last epoch" in text
+    late = {"a": [run("gan", 5, loss="bce", z_dim=8, last={"val_classes": 4})]}
+    assert "last epoch's samples: a (seed 0: classes 4 < 10)" in study.answer_collapse(late)
     bad = {"a": [run("gan", 5, loss="bce", z_dim=8, scores={"classes": 7})]}
-    assert "1 of 1 runs with an adversary: a (seed 0: classes 7 < 10)" in study.answer_collapse(bad)
+    assert ("1 of 1 runs with an adversary at its best epoch: a (seed 0: classes 7 < 10)"
+            in study.answer_collapse(bad))
 
 
 @pytest.mark.parametrize(("step", "sign"), [(-4, "−"), (4, "+")])
