@@ -449,10 +449,9 @@ class Judge:
         self.classifier = {"accuracy": classifier.accuracy, "sha256": classifier.sha256}
         order = torch.randperm(len(data.x_train), generator=common.generator("real"))
         x, p = data.x_train[order], data.x_test.double()
-        self.f_train = torch.empty(len(x), self.f_test.shape[1])
-        self.f_train[order] = f = self.look(x)[0]  # in the order of data.x_train
         self.scale = {  # what a table needs to be read
-            "real": self.score(x[:samples]) | floor(f, self.f_test),
+            "real": self.score(x[:samples]) | floor(self.look(x[:6 * samples])[0],
+                                                            self.f_test),
             "pixel_mean": self.score(x.mean(0, keepdim=True).repeat(samples, 1, 1, 1)),
             "pixel_entropy": float((torch.special.entr(p) + torch.special.entr(1 - p)).sum()
                                    / len(p))}
@@ -478,7 +477,7 @@ def floor(f_train: Tensor, f: Tensor) -> dict:
     """The FID of real images: mean, spread and number of disjoint sets of training features, each
     as large as f, against f. One set alone is a noisy floor.
     """
-    fids = [common.frechet_distance(c, f) for c in f_train.split(len(f)) if len(c) == len(f)][:10]
+    fids = [common.frechet_distance(c, f) for c in f_train.split(len(f)) if len(c) == len(f)]
     return {"fid": float(np.mean(fids)), "fid_std": float(np.std(fids, ddof=1)), "sets": len(fids)}
 
 
@@ -499,14 +498,12 @@ def evaluate(config: dict, args, data, part, system, best: dict, history: list, 
     seconds = time.perf_counter() - start
     x_train = data.x_train[part["train"]]
     some = torch.randperm(len(data.x_test), generator=common.generator("copying"))[:2000]
-    outside = torch.ones(len(data.x_train), dtype=torch.bool)
-    outside[part["val"]] = False
     test_distance = common.nearest(data.x_test[some], x_train)[0].mean()
     metrics = {
         **judge.score(x_gen), "scale": judge.scale, "n": args.samples,
         "copying": float(common.nearest(x_gen[:2000], x_train)[0].mean() / test_distance),
         "best": best, "last": history[-1],
-        "val_fid_floor": floor(judge.f_train[outside], f_val)["fid"],
+        "val_fid_floor": common.frechet_distance(judge.look(x_train[:N_VAL])[0], f_val),
         "parameters": {k: sum(w.numel() for w in m.parameters())
                        for k, m in system.modules.items()},
         "classifier": judge.classifier, "seconds_to_sample": seconds,
