@@ -623,7 +623,8 @@ COLUMNS = """Nats per image; n seeds, ± their standard deviation.
   5,000 codes from a Gaussian fitted to each image's posterior and, a tenth of them, from the prior.
   Burda et al. sampled from the encoder. Either is an upper bound of the NLL in expectation, looser
   where ESS, the effective number of codes, is small, so figures at equal K need not agree.
-- Active units: dimensions whose code means vary by more than 0.01 over test images.
+- Active units: dimensions whose code means have a variance above 0.01 over test images (Burda et
+  al. 2016). Some may carry next to nothing: used are those with more than 0.1 nats of KL.
 - FID: in the features of the metric classifier, not Inception's; 10,000 decoded means against the
   10,000 grey test images; its floor is that of 10,000 training images.
 - Published: 86.76 and 85.54 are those of Burda et al. 2016, thousands of epochs; ≈ 100 and 100.35
@@ -723,14 +724,17 @@ def second_table(groups: dict[str, list]) -> str:
     rows = []
     for v, rs in groups.items():
         few = 100 * np.mean(get(rs, "likelihood", "ess_below_10"))
+        used = [sum(kl > 0.1 for kl in of) for of in get(rs, "kl_per_dimension")]
         rows.append([v, f"{rs[0]['metrics']['parameters']:,}",
                      show(rs, "seconds_per_epoch", digits=1), show(rs, "reconstruction"),
-                     show(rs, "kl"), show(rs, "active_units", digits=0),
+                     show(rs, "kl"),
+                     f"{show(rs, 'active_units', digits=0)} ({common.mean_std(used, 0)})",
                      show(rs, "fid"), f"{rs[0]['metrics']['likelihood']['n']:,}",
                      f"{show(rs, 'likelihood', 'ess_median', digits=0)} ({few:.1f} %)"])
     floor = np.mean([m for rs in groups.values() for m in get(rs, "fid_floor")])
-    return common.table(["run", "parameters", "s per epoch", "reconstruction", "KL", "active units",
-                         f"FID (floor {floor:.3f})", "images for log p(x)", "ESS (below 10)"], rows)
+    return common.table(["run", "parameters", "s per epoch", "reconstruction", "KL",
+                         "active units (used)", f"FID (floor {floor:.3f})", "images for log p(x)",
+                         "ESS (below 10)"], rows)
 
 
 def comparisons(groups: dict[str, list]) -> list[str]:

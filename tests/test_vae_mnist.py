@@ -292,7 +292,7 @@ def run(seed=0, loss=100.0, **config):
                 "epochs": 9, "train_size": 55_000, "seed": seed}
     return {"config": settings | config, "metrics": {
         "validation": {"loss": loss}, "negative_elbo": loss, "likelihood": {"nll": loss - 3},
-        "active_units": 9}}
+        "active_units": 9, "kl_per_dimension": [1.0, 0.01]}}
 
 
 def test_comparisons_are_of_runs_that_differ_in_one_setting():
