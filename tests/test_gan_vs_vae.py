@@ -250,7 +250,7 @@ def test_a_steady_fall_of_fid_is_no_instability(steady, words):
 def test_the_second_answer_follows_the_numbers():
     good = {"a": [run("gan", 5, loss="bce", z_dim=8)]}
     text = study.answer_collapse(good)
-    assert "None of 1 runs" in text and "None of the others by its last epoch" in text
+    assert "None of 1 runs" in text and "None besides by the samples" in text
     late = {"a": [run("gan", 5, loss="bce", z_dim=8, last={"val_classes": 4})]}
     assert "last epoch's samples: a (seed 0: classes 4 < 10)" in study.answer_collapse(late)
     bad = {"a": [run("gan", 5, loss="bce", z_dim=8, scores={"classes": 7})]}
