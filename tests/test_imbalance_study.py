@@ -425,11 +425,12 @@ def test_the_downstream_answer_follows_the_numbers(tmp_path, gain):
 
 @pytest.mark.parametrize(("lifts", "half", "noise"), [
     ([1.04, 1.05, 1.06], 0.01, False), ([1.0, 1.05, 1.1], 0.01, True),  # of the seeds
-    ([1.04, 1.05, 1.06], 0.06, False), ([1.04, 1.05, 1.06], 0.1, True),  # of three runs
+    ([1.04, 1.05, 1.06], 0.06, False), ([1.04, 1.05, 1.06], 0.1, True),  # of the confusion too
     ([1.05], 0.06, True), ([1.05], 0.01, False)])  # of one
 def test_a_verdict_that_noise_decides_is_called_so(lifts, half, noise):
     runs = [{"metrics": {"samplers": {"local": {
         "calibrated_lift": v, "calibrated_lift_low": v - half, "calibrated_lift_high": v + half,
+        "calibrated_lift_confusion": half / 2,
         "fid": 0.1, "copying": 0.8, "clear_lift": 1.0,
         "rare": {"coverage": 0.9}, "rare_real": {"coverage": 0.9}}}, "fid_floor": 0.1}}
         for v in lifts]
@@ -444,9 +445,11 @@ def test_differences_are_paired_by_seed_and_the_answer_names_them():
         scores = lambda seed, more: {
             "calibrated_lift": lift + 0.01 * seed, "clear_lift": 1.0, "fid": 0.2 + more,
             "rare": {"coverage": coverage + more + 0.001 * seed, "kid": 0.1},
-            "rare_real": {"coverage": 1.0}, "copying": 0.8, "rare_lift": 1.0}
-        return [{"config": {"seed": seed, "model": "ga-ae"}, "metrics": {"samplers": {
-            s: scores(seed, 0.1 * i) for i, s in enumerate(samplers)}}} for seed in range(3)]
+            "rare_real": {"coverage": 1.0}, "copying": 0.8, "rare_lift": 1.0,
+            "calibrated_lift_low": 1, "calibrated_lift_high": 1.2, "calibrated_lift_confusion": 0.1}
+        return [{"config": {"seed": seed, "model": "ga-ae"}, "metrics": {
+            "samplers": {s: scores(seed, 0.1 * i) for i, s in enumerate(samplers)},
+            "fid_floor": 0.1}} for seed in range(3)]
     models = {"ga-ae λ=0": runs(1.3, 0.7, ["local"]),
               "ga-ae": runs(1.1, 0.7, ["local", "pullback"])}
     found = dict(study.comparisons(models))
@@ -455,8 +458,10 @@ def test_differences_are_paired_by_seed_and_the_answer_names_them():
     d = found["ga-ae, local against ga-ae λ=0, local"]["lift's distance from 1"]
     assert d.mean == pytest.approx(-0.2) and d.sign == -1 and d.n == 3
     text = study.answer({"rare_digit": 9, "rare_ratio": 0.02, "train_size": 9, "epochs": 1}, models)
-    assert "ga-ae, local against ga-ae λ=0, local: better lift's distance from 1." in text
-    assert "ga-ae, pullback against ga-ae, local: better rare coverage; worse FID." in text
+    assert ("ga-ae, local against ga-ae λ=0, local (n=3): better lift's distance from 1 (−0.200, "
+            "−0.200 to −0.200).") in text
+    assert "ga-ae, pullback against ga-ae, local (n=3): better rare coverage (+0.100" in text
+    assert "; worse FID (+0.100" in text
     table = study.comparison_table(models)
     assert "| ga-ae, local against ga-ae λ=0, local | 3 | **−0.200** (−0.200 to −0.200)" in table
     assert study.comparison_table({"vae": models["ga-ae λ=0"]}) == ""

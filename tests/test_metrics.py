@@ -173,10 +173,11 @@ def test_the_lift_of_planted_sets_of_real_images(data, judge, share, lift):
 
 
 def test_real_images_score_what_they_should(judge):
-    real = judge.real
-    assert real["calibrated_lift_low"] < 1 < real["calibrated_lift_high"]
-    assert real["calibrated_lift"] == pytest.approx(1, abs=0.12)
-    assert real["clear_lift"] == pytest.approx(1, abs=0.03) and real["total_variation"] < 0.03
+    for real in judge.real:  # each by the confusion of the other
+        assert real["calibrated_lift_low"] < 1 < real["calibrated_lift_high"]
+        assert real["calibrated_lift"] == pytest.approx(1, abs=0.15)
+        assert real["clear_lift"] == pytest.approx(1, abs=0.05)
+        assert real["total_variation"] < 0.03
 
 
 def test_recall_and_lift_obey_the_sources_definitions(data, judge):
