@@ -49,7 +49,7 @@ N_VAL = 5000
 NOISE_DIM = 32  # of the hybrid's generator of codes
 ADVERSARIAL = 10.0  # nats per unit of the hybrid's discriminators while fine-tuning
 SLACK = 1.05  # a hybrid may lose 5 % of its VAE's reconstruction on validation images
-TUNED = {"loss": "hinge", "z_dim": 64, "norm": "batch"}
+TUNED = {"loss": "hinge", "z_dim": 64}
 SOURCE = {"mnist": (0.03, 0.25), "fashion-mnist": (0.06, 0.78)}  # its best GAN's and VAE's FID
 FACTORS = ["loss", "z_dim", "dataset"]  # of the twelve
 # a run is called collapsed if any of these fails; fixed before the runs
@@ -87,7 +87,9 @@ def grid(args, datasets: list[str]) -> list[dict]:
             else:
                 given = args.latent_dim or ([8, 16, 32] if model == "vae" else [8, 16])
                 own = [{"latent_dim": d} for d in unique(given)]
-            runs += [{"dataset": dataset, "model": model, "epochs": args.epochs,
+            stages = {"stage_epochs": args.epochs} if model == "vae-gan" else {}
+            runs += [{"dataset": dataset, "model": model,
+                      "epochs": args.epochs * (3 if stages else 1), **stages,
                       "batch_size": args.batch_size, "lr": args.lr,
                       "train_size": args.train_size or 60_000 - N_VAL, **of, "seed": seed}
                      for of in own for seed in unique(args.seeds)]
@@ -229,7 +231,7 @@ class Gan:
     def __init__(self, config: dict, device):
         self.loss, self.z_dim, self.average = config["loss"], config["z_dim"], None
         self.G = initialised(Generator(self.z_dim), device)
-        self.D = initialised(convolutions(1, config.get("norm", "batch")), device)
+        self.D = initialised(convolutions(1), device)
         self.modules = {"G": self.G, "D": self.D}
         if config["model"] == "tuned-gan":
             self.average = copy.deepcopy(self.G)
@@ -327,16 +329,11 @@ class VaeGan:
 SYSTEMS = {"gan": Gan, "tuned-gan": Gan, "vae": Vae, "vae-gan": VaeGan}
 
 
-def n_epochs(config: dict) -> int:
-    """Epochs in all: the hybrid has three stages."""
-    return config["epochs"] * (3 if config["model"] == "vae-gan" else 1)
-
-
 def shown_epochs(config: dict) -> list[int]:
     """Epochs with a grid of samples: 1, 5, the last, and the end of each stage of a hybrid."""
-    last = n_epochs(config)
-    return sorted({e for e in (1, 5) if e <= last} | set(range(config["epochs"], last + 1,
-                                                               config["epochs"])))
+    last = config["epochs"]
+    stage = config.get("stage_epochs", last)
+    return sorted({e for e in (1, 5) if e <= last} | set(range(stage, last + 1, stage)))
 
 
 def train(config: dict, x: Tensor, x_val: Tensor, f_val: Tensor, classifier, folder: Path,
@@ -353,7 +350,7 @@ def train(config: dict, x: Tensor, x_val: Tensor, f_val: Tensor, classifier, fol
     parts = {**system.modules, **system.optimizers}
     history = common.restore(folder, config, parts)
     board = common.summary_writer(folder / "logs") if args.tensorboard else None
-    steps, last = max(1, n // batch_size), n_epochs(config)
+    steps, last = max(1, n // batch_size), config["epochs"]
     z_val = torch.randn(min(N_VAL, args.samples), system.z_dim,
                         generator=common.generator("z", "val"))
     z_shown = torch.randn(64, system.z_dim, generator=common.generator("z", "shown"))
@@ -365,7 +362,7 @@ def train(config: dict, x: Tensor, x_val: Tensor, f_val: Tensor, classifier, fol
         if config["model"] == "tuned-gan":
             for name, key in [("optimizer_G", "lr"), ("optimizer_D", "lr_d")]:
                 common.set_rate(system.optimizers[name], config[key] * (1 - (epoch - 1) / last))
-        system.stage = (epoch - 1) // config["epochs"]
+        system.stage = (epoch - 1) // config.get("stage_epochs", last)
         set_mode(system, True, system.stage)
         order = torch.randperm(n, generator=common.generator(seed, "order", epoch)).to(x.device)
         torch.manual_seed(common.seed_from(seed, "noise", epoch))
@@ -404,13 +401,14 @@ def train(config: dict, x: Tensor, x_val: Tensor, f_val: Tensor, classifier, fol
 
 def merit(config: dict, row: dict, history: list) -> tuple:
     """What the best epoch minimises: the FID on validation images; of a hybrid, first that it is
-    fine-tuned, then that it reconstructs validation images within SLACK of its VAE.
+    fine-tuned, then the reconstruction of validation images where it is beyond SLACK of its VAE's.
     """
     if config["model"] != "vae-gan":
         return (row["val_fid"],)
-    vae = history[min(config["epochs"], len(history)) - 1]
-    return (row["epoch"] <= 2 * config["epochs"],
-            row["val_reconstruction"] > SLACK * vae["val_reconstruction"], row["val_fid"])
+    stage = config["stage_epochs"]
+    vae = history[min(stage, len(history)) - 1]
+    return (row["epoch"] <= 2 * stage, max(
+        row["val_reconstruction"], SLACK * vae["val_reconstruction"]), row["val_fid"])
 
 
 @torch.no_grad()
@@ -508,7 +506,7 @@ def evaluate(config: dict, args, data, part, system, best: dict, history: list, 
                        for k, m in system.modules.items()},
         "classifier": judge.classifier, "seconds_to_sample": seconds,
         "seconds_per_epoch": float(np.median([  # of a hybrid in its last stage
-            h["seconds"] for h in history[-config["epochs"]:]])),
+            h["seconds"] for h in history[-config.get("stage_epochs", config["epochs"]):]])),
         "seconds_train": sum(h["seconds"] for h in history),
         "environment": common.environment(device)}
     if "E" in system.modules:
@@ -685,7 +683,8 @@ def results_table(groups: dict) -> str:
         f"disjoint sets of as many ({sets}). Entropy of the "
         "class histogram in nats (at most 2.30); a class is present with 1 % of the samples. The "
         "best epoch is that of the lowest FID of 5,000 samples on validation images, of a hybrid "
-        f"among fine-tuned ones that lose at most {100 * SLACK - 100:.0f} % in reconstruction. "
+        f"among fine-tuned ones that lose at most {100 * SLACK - 100:.0f} % in reconstruction (of "
+        "those that lose the least, if all lose more). "
         "Copying: mean distance to the nearest training image over that of test images. −ELBO of "
         f"test images in nats; its floor, the mean pixel entropy: {entropy}.")
 
@@ -693,14 +692,14 @@ def results_table(groups: dict) -> str:
 def run_section(name: str, runs: list) -> list[str]:
     """The source's section of a run: its settings, its last epoch and its pictures."""
     c, folder = runs[0]["config"], runs[0]["folder"].as_posix()
-    own = {k: v for k, v in c.items() if k in ("loss", "z_dim", "norm", "latent_dim", "lr", "lr_d")}
+    own = {k: v for k, v in c.items() if k in ("loss", "z_dim", "latent_dim", "lr", "lr_d")}
     last = ", ".join(f"{k} {show(runs, 'last', k)}" for k in runs[0]["metrics"]["last"]
                      if k not in ("epoch", "seconds"))
     share = np.mean(get(runs, "class_share"), 0)
     pictures = [*[f"samples_epoch_{e}" for e in shown_epochs(c)],
                 *(["reconstructions"] if "elbo" in runs[0]["metrics"] else []),
                 "interpolation", "losses"]
-    return [f"### {name}", f"{', '.join(f'{k} {v}' for k, v in own.items())}, {n_epochs(c)} epochs."
+    return [f"### {name}", f"{', '.join(f'{k} {v}' for k, v in own.items())}, {c['epochs']} epochs."
             f" Last epoch: {last}. Classes 0–9 among the samples (%): "
             f"{' '.join(f'{100 * s:.0f}' for s in share)}.",
             *[f"![{name}: {p}]({folder}/{p}.png)" for p in pictures]]
@@ -783,19 +782,20 @@ def plots(base: Path, groups: dict, datasets: list) -> list[str]:
 
 
 class Effect(NamedTuple):
-    """A mean difference of logs over cells of the grid, half of its interval, the number of cells,
-    and the mean of each seed alone.
+    """A mean difference of logs over cells of the grid, half of its interval, the differences of
+    the cells, and the mean of each seed alone.
     """
 
     mean: float
     half: float
-    cells: int
+    cells: list[float]
     seeds: list[float]
 
     @property
     def told(self) -> bool:
-        """The interval excludes zero, and every seed agrees on the sign."""
-        return abs(self.mean) > self.half and len({v > 0 for v in self.seeds}) == 1
+        """The interval excludes zero, and several seeds all agree on the sign."""
+        return abs(self.mean) > self.half and len(self.seeds) > 1 and (
+            len({v > 0 for v in self.seeds}) == 1)
 
 
 def effects(gans: dict, measure) -> dict[tuple[str, str], Effect]:
@@ -827,7 +827,7 @@ def effects(gans: dict, measure) -> dict[tuple[str, str], Effect]:
         seeds = sorted({seed for d in pairs for seed in d})
         found[key] = Effect(
             float(np.mean(means)), float(t.ppf(level, len(means) - 1) * np.std(means, ddof=1)
-                                         / math.sqrt(len(means))), len(means),
+                                         / math.sqrt(len(means))), list(map(float, means)),
             [float(np.mean([d[seed] for d in pairs if seed in d])) for seed in seeds])
     return found
 
@@ -853,8 +853,11 @@ def answer_stability(gans: dict) -> str:
             low, high = math.exp(e.mean - e.half), math.exp(e.mean + e.half)
             rows.append([what, f"{factor}: {pair}", f"{math.exp(e.mean):.2f}",
                          f"{low:.2f}–{high:.2f}" if high < 1000 else f"{low:.2f} to > 1000",
-                         e.cells, len(e.seeds), "yes" if e.told else "no"])
+                         f"{math.exp(min(e.cells)):.2f}–{math.exp(max(e.cells)):.2f}",
+                         len(e.cells), len(e.seeds), "yes" if e.told else "no"])
             most = max(most, len(e.seeds))
+        # a dataset has a classifier and a scale of its own, and is no setting
+        found = {key: e for key, e in found.items() if key[0] != "dataset"}
         told = {key: e for key, e in found.items() if e.told}
         if not told:
             said.append(f"{what}: it cannot be told at this n")
@@ -869,16 +872,18 @@ def answer_stability(gans: dict) -> str:
             f"most {much}"))
     if not rows:
         return "It cannot be told: no two GANs differ in one setting alone, twice."
-    return ("At one seed, so of these very runs: " if most == 1 else "") + "; ".join(
+    return ("One seed tells nothing. " if most == 1 else "") + "; ".join(
         said) + ".\n\n" + common.table(
-        ["measure", "change", "ratio", "interval", "cells", "seeds", "told from 1"], rows) + (
+        ["measure", "change", "ratio", "interval", "range over cells", "cells", "seeds",
+         "told from 1"], rows) + (
         "\n\nRatios between GANs of the same seed that differ in that setting alone, over the "
         "cells of the grid, seeds averaged within a cell. The intervals of a measure hold together "
-        "with 95 % (Bonferroni); a ratio is told from 1 if its interval excludes 1 and every seed "
-        "agrees. Spread: standard deviation of the change of the logarithm from epoch to epoch, "
-        "second half of the training. D's errors: the share of real images and the share of "
-        "generated ones that it gets wrong, added; near 0 it has won, and values below 0.02 count "
-        "as 0.02. FID is over each dataset's floor, because each has its own classifier.")
+        "with 95 % (Bonferroni); a ratio is told from 1 if its interval excludes 1 and several "
+        "seeds all agree. A change of dataset is one of classifier and scale too. Spread: standard "
+        "deviation of the change of the logarithm from epoch to epoch, second half of the "
+        "training. D's errors: the share of real images and the share of generated ones that it "
+        "gets wrong, added; near 0 it has won, and values below 0.02 count as 0.02. FID is over "
+        "each dataset's floor, because each has its own classifier.")
 
 
 def answer_collapse(groups: dict) -> str:
@@ -935,9 +940,10 @@ def answer_hybrid(groups: dict) -> str:
         c = runs[0]["config"]
         text = [f"{name} (n={len(runs)}): FID {show(runs, 'fid')}, test reconstruction "
                 f"{show(runs, 'elbo', 'reconstruction')} nats"]
-        same = lambda a, b: {**a, "model": "", "seed": 0} == {**b, "model": "", "seed": 0}
+        same = lambda vae, c=c: vae["epochs"] == c["stage_epochs"] and all(
+            vae[k] == c[k] for k in vae if k not in ("model", "epochs", "seed"))
         parents = {r["config"]["seed"]: r for rs in pick(groups, c["dataset"], "vae").values()
-                   for r in rs if same(r["config"], c)}
+                   for r in rs if same(r["config"])}
         pairs = [(r, parents[s]) for r in runs if (s := r["config"]["seed"]) in parents]
         if pairs:
             logs = {what: [math.log(get([a], *keys)[0] / get([b], *keys)[0]) for a, b in pairs]
@@ -949,15 +955,18 @@ def answer_hybrid(groups: dict) -> str:
                 f"epoch ({'at most' if met[0] else 'not at most'} half for every seed) and "
                 f"{math.exp(np.mean(logs['reconstruction'])):.2f} × its reconstruction "
                 f"({'within' if met[1] else 'not within'} 10 % for every seed), n={len(pairs)}, "
-                f"after {n_epochs(c)} epochs against {c['epochs']}: "
+                f"after {c['epochs']} epochs against {c['stage_epochs']}: "
                 + {(True, True): "both as hoped", (True, False): "better samples, paid for",
-                   (False, True): "it still reconstructs, but gains too little",
+                   (False, True): "it still reconstructs, but "
+                   + ("its samples are worse" if np.mean(logs["FID"]) > 0 else "gains too little"),
                    (False, False): "neither"}[met]
                 + f"; difference of log FID {common.paired(logs['FID'], [0] * len(pairs))}")
         gan = best_of(groups, c["dataset"], "gan")
         if gan:
-            text.append(f"{np.mean(get(runs, 'fid')) / np.mean(get(gan[1], 'fid')):.2f} × the FID "
-                        f"of the best GAN, {gan[0]}, which cannot reconstruct")
+            a, b = (np.log(get(of, "fid")) for of in common.same_seeds(runs, gan[1]))
+            text.append(f"{math.exp(np.mean(a - b)):.2f} × the FID of the best GAN, {gan[0]}, "
+                        f"which cannot reconstruct (difference of log FID {common.paired(a, b)})"
+                        if len(a) else f"no seed in common with the best GAN, {gan[0]}")
         said.append("; ".join(text) + ".")
     return "\n\n".join(said) or "It cannot be told: no hybrid has been trained."
 
