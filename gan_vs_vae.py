@@ -156,12 +156,8 @@ def convolutions(outputs: int, norm: str = "batch") -> nn.Sequential:
 
 
 def initialised(module: nn.Module, device) -> nn.Module:
-    """The module on the device with weights from N(0, 0.02²), as DCGAN's (Radford et al. 2016);
-    layers under spectral normalisation, which rescales them, keep torch's own.
-    """
+    """The module on the device with weights from N(0, 0.02²), as DCGAN's (Radford et al. 2016)."""
     for layer in module.modules():
-        if nn.utils.parametrize.is_parametrized(layer):
-            continue
         if isinstance(layer, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
             nn.init.normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
@@ -294,7 +290,8 @@ class VaeGan:
         self.z_dim = max(NOISE_DIM, self.d)
         self.H, self.D_z = (perceptron(*sizes).to(device)
                             for sizes in [(self.z_dim, self.d), (self.d, 1)])
-        self.D_x = initialised(convolutions(1, "spectral"), device)
+        self.D_x = convolutions(1, "spectral").to(  # which rescales its weights anyway
+            device, memory_format=torch.channels_last)
         self.modules = {"G": self.G, "E": self.E, "H": self.H, "D_z": self.D_z, "D_x": self.D_x}
         self.optimizers = {"optimizer": adam(config["lr"], self.E, self.G, self.H),
                            "optimizer_D": adam(config["lr"], self.D_z, self.D_x)}
@@ -448,8 +445,7 @@ class Judge:
         order = torch.randperm(len(data.x_train), generator=common.generator("real"))
         x, p = data.x_train[order], data.x_test.double()
         self.scale = {  # what a table needs to be read
-            "real": self.score(x[:samples]) | floor(self.look(x[:6 * samples])[0],
-                                                            self.f_test),
+            "real": self.score(x[:samples]) | floor(self.look(x[:6 * samples])[0], self.f_test),
             "pixel_mean": self.score(x.mean(0, keepdim=True).repeat(samples, 1, 1, 1)),
             "pixel_entropy": float((torch.special.entr(p) + torch.special.entr(1 - p)).sum()
                                    / len(p))}

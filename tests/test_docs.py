@@ -194,9 +194,8 @@ def results_readme() -> str:
     parts = ["# Published results\n\nMade by `python tests/test_docs.py` from the JSON files. "
              "Every run is a folder with its configuration, its metrics and its curves, for seed 0 "
              "its pictures too; weights are not kept. A row is what one command made: the same "
-             "command at "
-             "the same commit and number of threads gives the same numbers on the same kind of "
-             "CPU.",
+             "command at the same commit and number of threads gives the same numbers on the same "
+             "kind of CPU.",
              "`classifiers/` holds the weights of the metric classifiers, one for each dataset."]
     published = ROOT / "results/published"
     for root in sorted(file.parent for file in published.rglob("report.md")):
