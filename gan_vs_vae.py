@@ -136,23 +136,33 @@ class Generator(nn.Module):
             nn.Conv2d(16, 1, 3, padding=1))  # logits (B, 1, 28, 28)
 
     def logits(self, z: Tensor) -> Tensor:
-        return self.trunk(self.first(z))
+        with common.bfloat16(self.training):
+            return self.trunk(self.first(z)).float()
 
     def forward(self, z: Tensor) -> Tensor:
         return self.logits(z).sigmoid()
 
 
-def convolutions(outputs: int, norm: str = "batch") -> nn.Sequential:
+class Convolutions(nn.Sequential):
     """Images (B, 1, 28, 28) to (B, outputs): an encoder, or with one output a discriminator (its
     logit is positive for real). norm is "batch" or "spectral".
     """
-    wrap = nn.utils.parametrizations.spectral_norm if norm == "spectral" else lambda layer: layer
-    return nn.Sequential(
-        nn.PixelUnshuffle(2), wrap(nn.Conv2d(4, 24, 3, padding=1)), nn.LeakyReLU(0.2),
-        # (B, 24, 14, 14)
-        wrap(nn.Conv2d(24, 48, 4, stride=2, padding=1)),  # (B, 48, 7, 7)
-        *([nn.BatchNorm2d(48)] if norm == "batch" else []), nn.LeakyReLU(0.2), nn.Flatten(),
-        wrap(nn.Linear(48 * 49, 256)), nn.LeakyReLU(0.2), wrap(nn.Linear(256, outputs)))
+
+    def __init__(self, outputs: int, norm: str = "batch"):
+        wrap, batch_norm = {"batch": (lambda layer: layer, lambda layer: [layer]), "spectral": (
+            nn.utils.parametrizations.spectral_norm, lambda layer: [])}[norm]
+        super().__init__(
+            nn.PixelUnshuffle(2), wrap(nn.Conv2d(4, 24, 3, padding=1)), nn.LeakyReLU(0.2),
+            # (B, 24, 14, 14)
+            wrap(nn.Conv2d(24, 48, 4, stride=2, padding=1)), *batch_norm(nn.BatchNorm2d(48)),
+            nn.LeakyReLU(0.2), nn.Flatten(),  # (B, 48 * 49)
+            # without BatchNorm here D won from the first epoch on with one of five seeds
+            wrap(nn.Linear(48 * 49, 256)), *batch_norm(nn.BatchNorm1d(256)), nn.LeakyReLU(0.2),
+            wrap(nn.Linear(256, outputs)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with common.bfloat16(self.training):
+            return super().forward(x).float()
 
 
 def initialised(module: nn.Module, device) -> nn.Module:
@@ -227,7 +237,7 @@ class Gan:
     def __init__(self, config: dict, device):
         self.loss, self.z_dim, self.average = config["loss"], config["z_dim"], None
         self.G = initialised(Generator(self.z_dim), device)
-        self.D = initialised(convolutions(1), device)
+        self.D = initialised(Convolutions(1), device)
         self.modules = {"G": self.G, "D": self.D}
         if config["model"] == "tuned-gan":
             self.average = copy.deepcopy(self.G)
@@ -262,7 +272,7 @@ class Vae:
 
     def __init__(self, config: dict, device):
         self.z_dim = config["latent_dim"]
-        self.E = initialised(convolutions(2 * self.z_dim), device)
+        self.E = initialised(Convolutions(2 * self.z_dim), device)
         self.G = initialised(Generator(self.z_dim), device)
         self.modules = {"G": self.G, "E": self.E}
         self.optimizers = {"optimizer": adam(config["lr"], self.E, self.G)}
@@ -290,7 +300,7 @@ class VaeGan:
         self.z_dim = max(NOISE_DIM, self.d)
         self.H, self.D_z = (perceptron(*sizes).to(device)
                             for sizes in [(self.z_dim, self.d), (self.d, 1)])
-        self.D_x = convolutions(1, "spectral").to(  # which rescales its weights anyway
+        self.D_x = Convolutions(1, "spectral").to(  # which rescales its weights anyway
             device, memory_format=torch.channels_last)
         self.modules = {"G": self.G, "E": self.E, "H": self.H, "D_z": self.D_z, "D_x": self.D_x}
         self.optimizers = {"optimizer": adam(config["lr"], self.E, self.G, self.H),
@@ -504,6 +514,7 @@ def evaluate(config: dict, args, data, part, system, best: dict, history: list, 
         "seconds_per_epoch": float(np.median([  # of a hybrid in its last stage
             h["seconds"] for h in history[-config.get("stage_epochs", config["epochs"]):]])),
         "seconds_train": sum(h["seconds"] for h in history),
+        "bfloat16": device.type == "cpu" and common.BFLOAT16,
         "environment": common.environment(device)}
     if "E" in system.modules:
         torch.manual_seed(common.seed_from(config["seed"], "test"))
@@ -594,13 +605,16 @@ def report(base: Path) -> str:
                                                              ("vae", "vae-gan")])
     datasets = list(dict.fromkeys(runs[0]["config"]["dataset"] for runs in groups.values()))
     of = lambda *models: len(pick(groups, None, *models))
+    all_of = [r for runs in groups.values() for r in runs]
     lines = [f"# GAN against VAE on {' and '.join(common.DATASETS[d] for d in datasets)}",
              "Which makes better images, a GAN or a VAE, and what does combining them bring?",
              answer(groups, datasets), "## Summary",
              f"{of('gan')} GANs, {of('tuned-gan')} tuned GANs, {of('vae')} VAEs, {of('vae-gan')} "
-             f"hybrids; {sum(map(len, groups.values()))} runs. Every measured image is made in "
+             f"hybrids; {len(all_of)} runs. Every measured image is made in "
              "eval mode, by the raw weights of the best epoch; by their moving average in the "
-             "tuned GANs alone."]
+             f"tuned GANs alone. {sum(r['metrics'].get('bfloat16', False) for r in all_of)} runs "
+             "were trained in bfloat16, where the processor has instructions for it; every one is "
+             "measured in float32."]
     if begun := without_result(base):
         lines.append(f"Begun, without a result here: {', '.join(begun)}.")
     for title, part in [("Part 1: GANs", gans), ("Part 2: VAEs and hybrids", vaes)]:
@@ -902,8 +916,8 @@ def answer_collapse(groups: dict) -> str:
                f"None of {n} runs with an adversary at its best epoch.")
             + (f" After it, by the last epoch's samples: {'; '.join(late)}." if late else
                " None besides by the samples of its last epoch (entropy and classes).")
-            + (f" For comparison, the recall of the VAEs, whose blur lowers it, is {min(vaes):.2f} "
-               f"to {max(vaes):.2f}." if vaes else ""))
+            + (f" For comparison, the recall of the VAEs, whose blur lowers it (a hybrid's too), "
+               f"is {min(vaes):.2f} to {max(vaes):.2f}." if vaes else ""))
 
 
 def paired(what: str, a: list, b: list, *keys: str) -> str:
@@ -915,19 +929,31 @@ def paired(what: str, a: list, b: list, *keys: str) -> str:
 
 
 def answer_latent(vaes: dict, datasets: list) -> str:
+    """Reconstruction and FID by latent dimension; whether the one follows the other."""
     said = []
     for dataset in datasets:
         runs_of = sorted(pick(vaes, dataset, "vae").values(),
                          key=lambda runs: runs[0]["config"]["latent_dim"])
+        if len(runs_of) < 2:
+            continue
         dim = lambda runs: runs[0]["config"]["latent_dim"]
+        signs = []
         for what, keys in [("reconstruction (nats)", ("elbo", "reconstruction")),
                            ("FID", ("fid",))]:
-            if len(runs_of) > 1:
-                trend = "; ".join(f"{dim(runs)}: {show(runs, *keys)}" for runs in runs_of)
-                steps = [paired(f"{dim(b)} against {dim(a)}", b, a, *keys)
-                         for a, b in itertools.pairwise(runs_of)]
-                said.append(f"{common.DATASETS[dataset]}, {what} by latent dimension: {trend}. "
-                            + " ".join(steps))
+            trend = "; ".join(f"{dim(runs)}: {show(runs, *keys)}" for runs in runs_of)
+            steps = [paired(f"{dim(b)} against {dim(a)}", b, a, *keys)
+                     for a, b in itertools.combinations(runs_of, 2)]
+            said.append(f"{common.DATASETS[dataset]}, {what} by latent dimension: {trend}. "
+                        + " ".join(steps))
+            ends = common.same_seeds(runs_of[-1], runs_of[0])
+            signs.append(common.paired(*(get(of, *keys) for of in ends)).sign if ends[0] else 0)
+        said[-1] += (
+            f" From {dim(runs_of[0])} to {dim(runs_of[-1])}, whether FID follows the "
+            "reconstruction cannot be told." if 0 in signs else
+            f" From {dim(runs_of[0])} to {dim(runs_of[-1])}, FID "
+            f"{'follows' if signs[0] == signs[1] else 'does not follow'} the reconstruction: that "
+            f"gets {'worse' if signs[0] > 0 else 'better'}, FID "
+            f"{'worse' if signs[1] > 0 else 'better'}.")
     return "\n\n".join(said) or "It cannot be told: no two VAEs of a dataset differ in it."
 
 
@@ -936,7 +962,10 @@ def answer_hybrid(groups: dict) -> str:
     for name, runs in pick(groups, None, "vae-gan").items():
         c = runs[0]["config"]
         text = [f"{name} (n={len(runs)}): FID {show(runs, 'fid')}, test reconstruction "
-                f"{show(runs, 'elbo', 'reconstruction')} nats"]
+                f"{show(runs, 'elbo', 'reconstruction')} nats; validation FID at the end of its "
+                "stages " + ", ".join(
+                    f"{np.mean([r['history'][e - 1]['val_fid'] for r in runs]):.2f}"
+                    for e in range(c["stage_epochs"], c["epochs"] + 1, c["stage_epochs"]))]
         same = lambda vae, c=c: vae["epochs"] == c["stage_epochs"] and all(
             vae[k] == c[k] for k in vae if k not in ("model", "epochs", "seed"))
         parents = {r["config"]["seed"]: r for rs in pick(groups, c["dataset"], "vae").values()

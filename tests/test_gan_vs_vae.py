@@ -3,6 +3,7 @@
     pytest tests/test_gan_vs_vae.py
 """
 
+import argparse
 import math
 
 import pytest
@@ -118,6 +119,20 @@ def test_in_eval_mode_an_image_depends_on_its_own_code():
         study.draw(gan, z, torch.device("cpu"))
 
 
+def test_bfloat16_is_of_training_alone_and_near_float32(monkeypatch):
+    x, found = torch.rand(64, 1, 28, 28), {}
+    for on in (False, True):
+        monkeypatch.setattr(common, "BFLOAT16", on)
+        torch.manual_seed(0)
+        D = study.initialised(study.Convolutions(1), "cpu")
+        measured, trained = D.eval()(x), D.train()(x)
+        assert trained.dtype == measured.dtype == torch.float32
+        found[on] = trained, measured, *torch.autograd.grad(trained.square().sum(), D[1].weight)
+    (a, b, c), (d, e, f) = found[False], found[True]
+    assert torch.equal(b, e) and not torch.equal(a, d)
+    assert (a - d).norm() < 0.02 * a.norm() and (c - f).norm() < 0.1 * c.norm()
+
+
 def test_the_hybrids_vae_is_unchanged_while_frozen_and_trained_before_and_after():
     hybrid = study.VaeGan(settings("vae-gan"), torch.device("cpu"))
     state = lambda *names: [v.clone() for n in names for v in hybrid.modules[n].state_dict(
@@ -197,6 +212,28 @@ def test_an_interrupted_run_continues_bitwise(tmp_path, model, name):
         assert all(torch.equal(left[part][k], right[part][k]) for k in left[part])
 
 
+def test_every_epoch_sees_each_image_once_in_a_new_order_and_the_tuned_rates_decay(
+        tmp_path, monkeypatch, classifier):
+    seen, rates, step = [], [], study.Gan.step
+
+    def watched(self, x, stage):
+        seen.append((255 * x[:, 0, 0, 0]).round().int().tolist())
+        rates.append([self.optimizers[k].param_groups[0]["lr"] for k in self.optimizers])
+        return step(self, x, stage)
+
+    monkeypatch.setattr(study.Gan, "step", watched)
+    x = torch.rand(64, 1, 28, 28)
+    x[:, 0, 0, 0] = torch.arange(64) / 255  # its own number in a corner
+    config = settings("tuned-gan", epochs=4, lr=4e-3, lr_d=1e-3)
+    args = argparse.Namespace(tensorboard=False, compile=False, samples=100)
+    study.train(config, x, x, classifier.look(x)[0], classifier, tmp_path, args)
+    epochs = [a + b for a, b in zip(seen[::2], seen[1::2], strict=True)]
+    assert all(sorted(epoch) == list(range(64)) for epoch in epochs)
+    assert len(set(map(tuple, epochs))) == 4
+    assert torch.tensor(rates[::2]).allclose(
+        torch.tensor([[4e-3, 1e-3]]) * torch.tensor([[1], [0.75], [0.5], [0.25]]))
+
+
 def test_the_best_epoch_of_a_hybrid_is_fine_tuned_and_still_reconstructs():
     config = settings("vae-gan", epochs=6, stage_epochs=2)
     rows = [{"epoch": e, "val_fid": fid, "val_reconstruction": r} for e, fid, r in [
@@ -217,7 +254,7 @@ def run(model, fid, seed=0, history=None, **own):
               "last": {"val_entropy": 2.3, "val_classes": 10} | own.pop("last", {}),
               "elbo": own.pop("elbo", {}), **own.pop("scores", {})}
     rows = history or [{"epoch": e, "val_fid": fid, "accuracy_real": 0.7, "accuracy_fake": 0.7,
-                        "g_gradient": 1.0} for e in (1, 2)]
+                        "g_gradient": 1.0} for e in range(1, own.get("epochs", 2) + 1)]
     return {"config": {"dataset": "mnist", "model": model, "seed": seed, "epochs": 10} | own,
             "metrics": scores, "history": rows}
 
@@ -294,8 +331,17 @@ def test_the_third_answer_follows_the_numbers(step, sign):
         for i, d in enumerate([8, 16, 32])}
     text = study.answer_latent(vaes, ["mnist"]).split("\n\n")[0]
     assert f"16 against 8: a significant difference at n=3 ({sign}4.00" in text
+    assert "whether FID follows the reconstruction cannot be told" in study.answer_latent(
+        vaes, ["mnist"])
     one = {k: runs[:1] for k, runs in vaes.items()}
     assert "(n=1: no conclusion). 32" in study.answer_latent(one, ["mnist"])
+    for fid, word in [(step, "follows"), (-step, "does not follow")]:
+        for i, runs in enumerate(vaes.values()):
+            for r in runs:
+                r["metrics"]["fid"] = 20 + fid * i + 0.1 * r["config"]["seed"]
+        better = {True: "better", False: "worse"}
+        assert (f"FID {word} the reconstruction: that gets {better[step < 0]}, FID "
+                f"{better[fid < 0]}.") in study.answer_latent(vaes, ["mnist"])
 
 
 @pytest.mark.parametrize(("fid", "rec", "words"), [
@@ -305,7 +351,9 @@ def test_the_third_answer_follows_the_numbers(step, sign):
 def test_the_fourth_answer_follows_the_numbers(fid, rec, words):
     groups = {"v": [run("vae", 10, latent_dim=8, elbo={"reconstruction": 80.0})],
               "h": [run("vae-gan", fid, latent_dim=8, epochs=30, stage_epochs=10,
-                        elbo={"reconstruction": rec})],
+                        elbo={"reconstruction": rec}, history=[
+                            {"val_fid": e} for e in range(1, 31)])],
               "g": [run("gan", 2, loss="bce", z_dim=8)]}
     text = study.answer_hybrid(groups)
     assert words in text and f"{fid / 2:.2f} × the FID of the best GAN" in text
+    assert "at the end of its stages 10.00, 20.00, 30.00" in text
