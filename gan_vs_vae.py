@@ -165,12 +165,18 @@ class Convolutions(nn.Sequential):
             return super().forward(x).float()
 
 
-def initialised(module: nn.Module, device) -> nn.Module:
-    """The module on the device with weights from N(0, 0.02²), as DCGAN's (Radford et al. 2016)."""
+def initialised(module: nn.Module) -> nn.Module:
+    """The module with weights from N(0, 0.02²), as DCGAN's (Radford et al. 2016). With them a
+    GAN learns sooner; a VAE they kept on a plateau with three of four seeds.
+    """
     for layer in module.modules():
         if isinstance(layer, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
             nn.init.normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
+    return module
+
+
+def put(module: nn.Module, device) -> nn.Module:
     return module.to(device, memory_format=torch.channels_last)
 
 
@@ -236,8 +242,8 @@ class Gan:
 
     def __init__(self, config: dict, device):
         self.loss, self.z_dim, self.average = config["loss"], config["z_dim"], None
-        self.G = initialised(Generator(self.z_dim), device)
-        self.D = initialised(Convolutions(1), device)
+        self.G = put(initialised(Generator(self.z_dim)), device)
+        self.D = put(initialised(Convolutions(1)), device)
         self.modules = {"G": self.G, "D": self.D}
         if config["model"] == "tuned-gan":
             self.average = copy.deepcopy(self.G)
@@ -272,8 +278,8 @@ class Vae:
 
     def __init__(self, config: dict, device):
         self.z_dim = config["latent_dim"]
-        self.E = initialised(Convolutions(2 * self.z_dim), device)
-        self.G = initialised(Generator(self.z_dim), device)
+        self.E = put(Convolutions(2 * self.z_dim), device)
+        self.G = put(Generator(self.z_dim), device)
         self.modules = {"G": self.G, "E": self.E}
         self.optimizers = {"optimizer": adam(config["lr"], self.E, self.G)}
 
@@ -300,8 +306,7 @@ class VaeGan:
         self.z_dim = max(NOISE_DIM, self.d)
         self.H, self.D_z = (perceptron(*sizes).to(device)
                             for sizes in [(self.z_dim, self.d), (self.d, 1)])
-        self.D_x = Convolutions(1, "spectral").to(  # which rescales its weights anyway
-            device, memory_format=torch.channels_last)
+        self.D_x = put(Convolutions(1, "spectral"), device)
         self.modules = {"G": self.G, "E": self.E, "H": self.H, "D_z": self.D_z, "D_x": self.D_x}
         self.optimizers = {"optimizer": adam(config["lr"], self.E, self.G, self.H),
                            "optimizer_D": adam(config["lr"], self.D_z, self.D_x)}

@@ -124,7 +124,7 @@ def test_bfloat16_is_of_training_alone_and_near_float32(monkeypatch):
     for on in (False, True):
         monkeypatch.setattr(common, "BFLOAT16", on)
         torch.manual_seed(0)
-        D = study.initialised(study.Convolutions(1), "cpu")
+        D = study.initialised(study.Convolutions(1))
         measured, trained = D.eval()(x), D.train()(x)
         assert trained.dtype == measured.dtype == torch.float32
         found[on] = trained, measured, *torch.autograd.grad(trained.square().sum(), D[1].weight)
