@@ -3,7 +3,7 @@
     python imbalance_study.py --model ga-ae --seeds 100
     python tests/steering.py results/imbalance_study/mnist/ga-ae_digit9_2pct/seed_100
 
-Every way draws around the same training codes with the same random numbers; only the noise differs,
+Every way draws around the same training codes; only the noise differs, equal in its mean square,
 and of `pullback` the neighbours. They are judged on training images that the run has not seen
 (validation and left over), never on test images: a table, lift and FID as in the study.
 """
@@ -36,41 +36,41 @@ def in_chunks(f, *tensors):
     return torch.cat([f(*c) for c in zip(*[t.split(500) for t in tensors], strict=True)])
 
 
-def ways(model, z, g, n):
-    """{name: codes (n, d)}"""
+def ways(model, z, g, n, temperature):
+    """{name: codes (n, d)}, all with noise of the same mean square as that of local codes."""
     around, state = study.evenly(n, len(z), g), g.get_state()
     centre, noise, factor = parts(z, around, g)
-    decode = lambda c: model.decode(c).flatten(1)
-    stretch = in_chunks(lambda c, v: torch.func.jvp(decode, (c,), (v,))[1].norm(dim=1), centre,
-                        noise)  # length of the step in decoded pixels
-    one = lambda code: model.decode(code[None]).flatten()
+    g.set_state(state)
+    assert (centre + noise).allclose(study.local_codes(z, around, g), atol=1e-4)
+    one = lambda code: model.decode(code[None], temperature).flatten()
 
-    def metric(c):
+    def metric(c):  # (b, d, d)
         j = torch.func.vmap(torch.func.jacfwd(one))(c)
         return j.mT @ j
 
-    metrics = torch.cat([metric(c) for c in centre.split(100)]).double()
-    lam, v = torch.linalg.eigh(metrics)
+    G = torch.cat([metric(c) for c in centre.split(100)]).double()
+    lam, v = torch.linalg.eigh(G)
     lam = lam.clamp(min=1e-3 * lam.mean())
-    white = torch.randn(len(z[around]), z.shape[1], generator=g)
+    white = torch.randn(n, z.shape[1], generator=g)
     along = ((v * lam.rsqrt()[:, None]) @ white.double()[..., None])[..., 0].float()
+    inner = factor.double().mT @ G @ factor.double()
+    step = inner.diagonal(dim1=1, dim2=2).sum(1).sqrt()  # expected length in decoded pixels
+    rank = min(factor.shape[2] - 1, factor.shape[1])
+    volume = torch.linalg.eigvalsh(inner)[:, -rank:].clamp(min=1e-12).log().mean(1).div(2).exp()
     same_size = lambda u: u * (noise.square().sum(1).mean() / u.square().sum(1).mean()).sqrt()
-    # volume that the noise covers in decoded pixels, over the dimensions that it has
-    inner = factor.double().mT @ metrics @ factor.double()
-    volume = torch.linalg.eigvalsh(inner)[:, 1:].clamp(min=1e-12).log().mean(1) / 2
-    found = {"local": centre + noise}
-    g.set_state(state)
-    by_image, its_noise, _ = parts(z, around, g, torch.cat([decode(c) for c in z.split(1000)]))
-    found["neighbours by decoded image (pullback)"] = by_image + its_noise
+    found = {"local": noise}
     for power in (0.5, 1):
-        found[f"steps equal in pixels, power {power:g}"] = centre + noise * (
-            stretch.median() / stretch)[:, None]**power
-        found[f"equal decoded volume, power {power:g}"] = centre + noise * (
-            power * (volume.median() - volume)).exp().float()[:, None]
-    found["noise of covariance G^-1, the same size"] = centre + same_size(along)
-    own = along * (noise.norm(dim=1) / along.norm(dim=1))[:, None]
-    found["noise of covariance G^-1, each as long as the local one"] = centre + own
-    return found
+        found[f"steps equal in decoded pixels, power {power:g}"] = (
+            noise * step.pow(-power).float()[:, None])
+        found[f"volumes equal in decoded pixels, power {power:g}"] = (
+            noise * volume.pow(-power).float()[:, None])
+    found["covariance G^-1"] = along
+    found["covariance G^-1, each as long as the local one"] = along * (
+        noise.norm(dim=1) / along.norm(dim=1))[:, None]
+    codes = {name: centre + same_size(u) for name, u in found.items()}
+    g.set_state(state)
+    at = in_chunks(lambda c: model.decode(c, temperature).flatten(1), z)
+    return codes | {"neighbours by decoded image (pullback)": study.local_codes(z, around, g, at)}
 
 
 @torch.no_grad()
@@ -87,14 +87,15 @@ def main(folder: Path, samples: int = 20_000) -> str:
     temperature = common.load_json(folder / "final_metrics.json")["temperature"]
     z, rows = study.encoded(model, judge.x, device), []
     for name, codes in ways(model, z, common.generator(config["seed"], "steering"),
-                            samples).items():
+                            samples, temperature).items():
         scores = judge.score(study.decoded(model, codes, device, temperature))[0]
         coverage = scores["rare"] and scores["rare"]["coverage"] / scores["rare_real"]["coverage"]
         rows.append([name, f"{scores['calibrated_lift']:.3f}", f"{scores['clear_lift']:.3f}",
                      f"{coverage or 0:.3f}", f"{scores['fid'] / judge.floor:.2f}",
                      f"{scores['copying']:.3f}"])
         print(rows[-1], file=sys.stderr)
-    return common.table(["noise or neighbours", *study.CRITERIA], rows)
+    return common.table(["noise or neighbours", "lift", "clear lift",
+                         "coverage / real", "FID / floor", "copying"], rows)
 
 
 if __name__ == "__main__":
