@@ -173,16 +173,6 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
             group["lr"] = rate
 
 
-BFLOAT16 = getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
-
-
-def bfloat16(on: bool):
-    """A context for a forward pass on the CPU: if `on`, layers in bfloat16 where the processor has
-    instructions for it (older versions of torch cannot tell); weights and gradients stay float32.
-    """
-    return torch.autocast("cpu", torch.bfloat16, enabled=on and BFLOAT16)
-
-
 def fast_step(step, parts: dict, device: torch.device, on: bool):
     """A training step as the device runs it fastest, if `on` (--compile), else as it is.
 

@@ -20,7 +20,8 @@ Differences from the source lab:
     of 5,000 samples against 5,000 validation images, test images are used once.
  2. Generator and VAE decoder are one network, so that the comparison is of the training.
  3. The hybrid is built and measured. Mode collapse is decided by thresholds, not by looking.
- 4. Beyond the twelve, one tuned GAN per dataset: ten times the rate for G and 2.5 times for D,
+ 4. Forward passes of training are in bfloat16 on CPUs with instructions for it.
+ 5. Beyond the twelve, one tuned GAN per dataset: ten times the rate for G and 2.5 times for D,
     both decaying linearly, three times the epochs, and a moving average of G's weights.
 
 References: Goodfellow et al. 2014, arXiv:1406.2661; Lim and Ye 2017, arXiv:1705.02894 (hinge);
@@ -112,11 +113,25 @@ def split(data: common.Data, config: dict) -> dict[str, Tensor]:
         raise common.UserError(f"--train-size {config['train_size']}: "
                                f"{len(data.x_train) - N_VAL} images are left for training after "
                                f"{N_VAL} for validation; take at most that many")
+    if min(config["train_size"], config["batch_size"]) < 2:
+        raise common.UserError("--train-size and --batch-size must be at least 2: BatchNorm "
+                               "compares the images of a batch")
     order = torch.randperm(len(data.x_train), generator=common.generator(config["seed"], "split"))
     return {"val": order[:N_VAL], "train": order[N_VAL:N_VAL + config["train_size"]]}
 
 
 # -------------------------------------------------------------------------------------------- Model
+
+
+BFLOAT16 = getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
+
+
+def bfloat16(on: bool):
+    """A context for a forward pass on the CPU: if `on`, layers in bfloat16 where the processor has
+    instructions for it (older versions of torch cannot tell). Weights, their gradients and what
+    the layers normalise stay float32, as does everything on other devices.
+    """
+    return torch.autocast("cpu", torch.bfloat16, enabled=on and BFLOAT16)
 
 
 class Generator(nn.Module):
@@ -136,8 +151,8 @@ class Generator(nn.Module):
             nn.Conv2d(16, 1, 3, padding=1))  # logits (B, 1, 28, 28)
 
     def logits(self, z: Tensor) -> Tensor:
-        with common.bfloat16(self.training):
-            return self.trunk(self.first(z)).float()
+        with bfloat16(self.training):
+            return self.trunk(self.first(z)).to(z.dtype)
 
     def forward(self, z: Tensor) -> Tensor:
         return self.logits(z).sigmoid()
@@ -145,24 +160,22 @@ class Generator(nn.Module):
 
 class Convolutions(nn.Sequential):
     """Images (B, 1, 28, 28) to (B, outputs): an encoder, or with one output a discriminator (its
-    logit is positive for real). norm is "batch" or "spectral".
+    logit is positive for real).
     """
 
-    def __init__(self, outputs: int, norm: str = "batch"):
-        wrap, batch_norm = {"batch": (lambda layer: layer, lambda layer: [layer]), "spectral": (
-            nn.utils.parametrizations.spectral_norm, lambda layer: [])}[norm]
+    def __init__(self, outputs: int, hidden_norm: bool = False, spectral: bool = False):
+        wrap = nn.utils.parametrizations.spectral_norm if spectral else lambda layer: layer
         super().__init__(
             nn.PixelUnshuffle(2), wrap(nn.Conv2d(4, 24, 3, padding=1)), nn.LeakyReLU(0.2),
             # (B, 24, 14, 14)
-            wrap(nn.Conv2d(24, 48, 4, stride=2, padding=1)), *batch_norm(nn.BatchNorm2d(48)),
-            nn.LeakyReLU(0.2), nn.Flatten(),  # (B, 48 * 49)
-            # without BatchNorm here D won from the first epoch on with one of five seeds
-            wrap(nn.Linear(48 * 49, 256)), *batch_norm(nn.BatchNorm1d(256)), nn.LeakyReLU(0.2),
-            wrap(nn.Linear(256, outputs)))
+            wrap(nn.Conv2d(24, 48, 4, stride=2, padding=1)),  # (B, 48, 7, 7)
+            *([] if spectral else [nn.BatchNorm2d(48)]), nn.LeakyReLU(0.2), nn.Flatten(),
+            wrap(nn.Linear(48 * 49, 256)), *([nn.BatchNorm1d(256)] if hidden_norm else []),
+            nn.LeakyReLU(0.2), wrap(nn.Linear(256, outputs)))
 
     def forward(self, x: Tensor) -> Tensor:
-        with common.bfloat16(self.training):
-            return super().forward(x).float()
+        with bfloat16(self.training):
+            return super().forward(x).to(x.dtype)
 
 
 def initialised(module: nn.Module, *kept: nn.Module) -> nn.Module:
@@ -243,7 +256,8 @@ class Gan:
     def __init__(self, config: dict, device):
         self.loss, self.z_dim, self.average = config["loss"], config["z_dim"], None
         self.G = put(initialised(Generator(self.z_dim)), device)
-        self.D = put(initialised(Convolutions(1)), device)
+        # without it D won from the first epoch on with one seed of five
+        self.D = put(initialised(Convolutions(1, hidden_norm=True)), device)
         self.modules = {"G": self.G, "D": self.D}
         if config["model"] == "tuned-gan":
             self.average = copy.deepcopy(self.G)
@@ -279,7 +293,7 @@ class Vae:
     def __init__(self, config: dict, device):
         self.z_dim = config["latent_dim"]
         self.E = put(initialised(Convolutions(2 * self.z_dim)), device)
-        G = Generator(self.z_dim)  # with a last layer as small, most seeds lag behind for epochs
+        G = Generator(self.z_dim)  # with a last layer as small, three of four seeds lagged behind
         self.G = put(initialised(G, G.trunk[-1]), device)
         self.modules = {"G": self.G, "E": self.E}
         self.optimizers = {"optimizer": adam(config["lr"], self.E, self.G)}
@@ -307,7 +321,7 @@ class VaeGan:
         self.z_dim = max(NOISE_DIM, self.d)
         self.H, self.D_z = (perceptron(*sizes).to(device)
                             for sizes in [(self.z_dim, self.d), (self.d, 1)])
-        self.D_x = put(Convolutions(1, "spectral"), device)
+        self.D_x = put(Convolutions(1, spectral=True), device)
         self.modules = {"G": self.G, "E": self.E, "H": self.H, "D_z": self.D_z, "D_x": self.D_x}
         self.optimizers = {"optimizer": adam(config["lr"], self.E, self.G, self.H),
                            "optimizer_D": adam(config["lr"], self.D_z, self.D_x)}
@@ -520,7 +534,7 @@ def evaluate(config: dict, args, data, part, system, best: dict, history: list, 
         "seconds_per_epoch": float(np.median([  # of a hybrid in its last stage
             h["seconds"] for h in history[-config.get("stage_epochs", config["epochs"]):]])),
         "seconds_train": sum(h["seconds"] for h in history),
-        "bfloat16": device.type == "cpu" and common.BFLOAT16,
+        "bfloat16": device.type == "cpu" and BFLOAT16,
         "environment": common.environment(device)}
     if "E" in system.modules:
         torch.manual_seed(common.seed_from(config["seed"], "test"))
@@ -619,8 +633,8 @@ def report(base: Path) -> str:
              f"hybrids; {len(all_of)} runs. Every measured image is made in "
              "eval mode, by the raw weights of the best epoch; by their moving average in the "
              f"tuned GANs alone. {sum(r['metrics'].get('bfloat16', False) for r in all_of)} runs "
-             "were trained in bfloat16, where the processor has instructions for it; every one is "
-             "measured in float32."]
+             "come from a CPU with instructions for bfloat16, in which its training passes run (of "
+             "a hybrid those of its first stage and of D_x); all are measured in float32."]
     if begun := without_result(base):
         lines.append(f"Begun, without a result here: {', '.join(begun)}.")
     for title, part in [("Part 1: GANs", gans), ("Part 2: VAEs and hybrids", vaes)]:
@@ -634,7 +648,7 @@ def report(base: Path) -> str:
     lines += ["## FID", fid_table(groups, datasets), "## The four questions",
               "### 1. What moves the quality and the stability of a GAN most?",
               answer_stability(gans), "### 2. Mode collapse?", answer_collapse(groups),
-              "### 3. How does the latent dimension affect a VAE?", answer_latent(vaes, datasets),
+              "### 3. How does the latent dimension affect a VAE?", answer_latent(vaes),
               "### 4. Does the hybrid combine the benefits?", answer_hybrid(groups)]
     lines.append(common.how_made(groups))
     text = "\n\n".join(lines) + "\n"
@@ -658,7 +672,7 @@ def answer(groups: dict, datasets: list) -> str:
                 a, b = SOURCE[dataset]
                 text += (f", {'within' if ratio <= 1 / 6 else 'not within'} the 1/6 aimed at; the "
                          f"source claims 1/{b / a:.0f}")
-            text += "; the reverse of the source: the VAE's is lower." if ratio > 1 else "."
+            text += "; the VAE's is lower." if ratio > 1 else "."
         if "tuned-gan" in best and dataset in SOURCE:
             times = fid["tuned-gan"] / best["tuned-gan"][1][0]["metrics"]["scale"]["real"]["fid"]
             goal = {"mnist": 10, "fashion-mnist": 15}[dataset]
@@ -904,8 +918,10 @@ def answer_stability(gans: dict) -> str:
 
 
 def answer_collapse(groups: dict) -> str:
-    """Of the systems that have an adversary; a VAE's low recall is blur."""
+    """Of the systems that have an adversary."""
     runs_of = pick(groups, None, "gan", "tuned-gan", "vae-gan")
+    if not runs_of:
+        return "It cannot be told: no run has an adversary."
     limits = ", ".join(f"{key} < {low:g}" for key, low in COLLAPSE.items())
     found = [f"{name} (seed {r['config']['seed']}: {', '.join(collapsed(r['metrics']))})"
              for name, runs in runs_of.items() for r in runs if collapsed(r["metrics"])]
@@ -920,10 +936,10 @@ def answer_collapse(groups: dict) -> str:
             + (f"{len(found)} of {n} runs with an adversary at its best epoch: {'; '.join(found)}. "
                f"Classes are missing in {missing} of them." if found else
                f"None of {n} runs with an adversary at its best epoch.")
-            + (f" After it, by the last epoch's samples: {'; '.join(late)}." if late else
+            + (f" By the last epoch's samples besides: {'; '.join(late)}." if late else
                " None besides by the samples of its last epoch (entropy and classes).")
-            + (f" For comparison, the recall of the VAEs, whose blur lowers it (a hybrid's too), "
-               f"is {min(vaes):.2f} to {max(vaes):.2f}." if vaes else ""))
+            + (f" For comparison, the recall of the VAEs is {min(vaes):.2f} to {max(vaes):.2f}."
+               if vaes else ""))
 
 
 def paired(what: str, a: list, b: list, *keys: str) -> str:
@@ -934,12 +950,16 @@ def paired(what: str, a: list, b: list, *keys: str) -> str:
     return f"{what}: {common.paired(get(a, *keys), get(b, *keys))}."
 
 
-def answer_latent(vaes: dict, datasets: list) -> str:
+def answer_latent(vaes: dict) -> str:
     """Reconstruction and FID by latent dimension; whether the one follows the other."""
     said = []
-    for dataset in datasets:
-        runs_of = sorted(pick(vaes, dataset, "vae").values(),
-                         key=lambda runs: runs[0]["config"]["latent_dim"])
+    alike: dict[tuple, list] = {}
+    for runs in pick(vaes, None, "vae").values():
+        c = runs[0]["config"]
+        rest = str({k: v for k, v in c.items() if k not in ("latent_dim", "seed")})
+        alike.setdefault((c["dataset"], rest), []).append(runs)
+    for (dataset, _), runs_of in alike.items():
+        runs_of.sort(key=lambda runs: runs[0]["config"]["latent_dim"])
         if len(runs_of) < 2:
             continue
         dim = lambda runs: runs[0]["config"]["latent_dim"]
@@ -970,7 +990,7 @@ def answer_hybrid(groups: dict) -> str:
         text = [f"{name} (n={len(runs)}): FID {show(runs, 'fid')}, test reconstruction "
                 f"{show(runs, 'elbo', 'reconstruction')} nats; validation FID at the end of its "
                 "stages " + ", ".join(
-                    f"{np.mean([r['history'][e - 1]['val_fid'] for r in runs]):.2f}"
+                    common.mean_std([r["history"][e - 1]["val_fid"] for r in runs])
                     for e in range(c["stage_epochs"], c["epochs"] + 1, c["stage_epochs"]))]
         same = lambda vae, c=c: vae["epochs"] == c["stage_epochs"] and all(
             vae[k] == c[k] for k in vae if k not in ("model", "epochs", "seed"))
@@ -981,6 +1001,7 @@ def answer_hybrid(groups: dict) -> str:
             logs = {what: [math.log(get([a], *keys)[0] / get([b], *keys)[0]) for a, b in pairs]
                     for what, keys in [("FID", ("fid",)),
                                        ("reconstruction", ("elbo", "reconstruction"))]}
+            change = common.paired(logs["FID"], [0] * len(pairs))
             met = max(logs["FID"]) <= math.log(0.5), max(logs["reconstruction"]) <= math.log(1.1)
             text.append(
                 f"{math.exp(np.mean(logs['FID'])):.2f} × the FID of its VAE at that one's best "
@@ -989,10 +1010,11 @@ def answer_hybrid(groups: dict) -> str:
                 f"({'within' if met[1] else 'not within'} 10 % for every seed), n={len(pairs)}, "
                 f"after {c['epochs']} epochs against {c['stage_epochs']}: "
                 + {(True, True): "both as hoped", (True, False): "better samples, paid for",
-                   (False, True): "it still reconstructs, but "
-                   + ("its samples are worse" if np.mean(logs["FID"]) > 0 else "gains too little"),
+                   (False, True): "it still reconstructs, but " + {
+                       1: "its samples are worse", -1: "gains too little",
+                       0: "whether its samples are better cannot be told"}[change.sign],
                    (False, False): "neither"}[met]
-                + f"; difference of log FID {common.paired(logs['FID'], [0] * len(pairs))}")
+                + f"; difference of log FID {change}")
         gan = best_of(groups, c["dataset"], "gan")
         if gan:
             a, b = (np.log(get(of, "fid")) for of in common.same_seeds(runs, gan[1]))
