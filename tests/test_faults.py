@@ -425,9 +425,10 @@ EXTREMES = {
                         ["--latent-dim", "1"], ["--latent-dim", "1000"], ["--seeds", "3", "3"]],
     "latent_opt": [["--train-size", "10"], ["--train-size", "1"], ["--batch-size", "5000"],
                    ["--latent-dim", "1"], ["--latent-dim", "1000"], ["--seeds", "3", "3"]],
-    "gan_vs_vae": [["--train-size", "10"], ["--train-size", "1"], ["--z-dim", "1", "1000"],
-                   ["--batch-size", "5000"], ["--model", "vae", "--latent-dim", "1", "1000"],
-                   ["--model", "vae-gan", "--latent-dim", "1"], ["--seeds", "3", "3"]]}
+    "gan_vs_vae": [["--train-size", "10"], ["--train-size", "1"], ["--batch-size", "1"],
+                   ["--batch-size", "5000"], ["--z-dim", "1", "1000"],
+                   ["--model", "vae", "--latent-dim", "1", "1000"], ["--model", "vae-gan",
+                    "--latent-dim", "1"], ["--seeds", "3", "3"]]}
 
 
 @pytest.mark.faults
