@@ -757,12 +757,14 @@ def plots(base: Path, groups: dict, datasets: list) -> list[str]:
         there = [d for d in datasets if pick(groups, d, *models)]
         if not there:
             return
-        figure = Figure(figsize=(max(6, 4.5 * len(parts)), 4 * len(there)))
+        figure = Figure(figsize=(4.5 * len(parts) + 1.5, 4 * len(there)))
         rows = figure.subplots(len(there), len(parts), squeeze=False)
         for row, dataset in zip(rows, there, strict=True):
             for axes, part in zip(row, parts, strict=True):
                 axes.set_title(f"{common.DATASETS[dataset]}{f': {part}' if part else ''}")
                 draw_one(axes, part, pick(groups, dataset, *models))
+            if axes.get_legend_handles_labels()[0]:  # beside the last one, where it hides nothing
+                axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1), handlelength=4)
         figure.tight_layout()
         common.save_figure(base / f"{name}.png", figure)
         made.append(f"![{name}]({name}.png)")
@@ -780,7 +782,6 @@ def plots(base: Path, groups: dict, datasets: list) -> list[str]:
                       ms=3, color=f"C{sizes.index(c.get('z_dim') or c['latent_dim'])}",
                       label=short(name))
         axes.set(xlabel="epoch", ylabel="mean over seeds")
-        axes.legend(fontsize=7, handlelength=4)
 
     def fids(axes, _, of):
         for i, runs in enumerate(of.values()):
@@ -801,7 +802,6 @@ def plots(base: Path, groups: dict, datasets: list) -> list[str]:
         real = next(iter(of.values()))[0]["metrics"]["scale"]["real"]
         axes.plot(real["recall"], real["precision"], "kP", label="real images")
         axes.set(xlabel="recall", ylabel="precision", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
-        axes.legend(fontsize=7, ncols=2)
 
     panels("gan_loss_comparison", ["gan"], losses, ["d_loss", "g_loss"])
     panels("gan_fid_comparison", ["gan", "tuned-gan"], fids, [""])
