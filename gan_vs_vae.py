@@ -18,7 +18,8 @@ Expect: MNIST_GAN_hinge_z32 FID 0.98, recall 0.88 (n=1);
 Differences from the source lab:
  1. FID in the features of a known classifier, with its floor; the best epoch is chosen by the FID
     of 5,000 samples against 5,000 validation images, test images are used once.
- 2. Generator and VAE decoder are one network, so that the comparison is of the training.
+ 2. Generator and VAE decoder are one network, so that the comparison is of the training; only its
+    last layer starts from larger weights in the VAE.
  3. The hybrid is built and measured. Mode collapse is decided by thresholds, not by looking.
  4. Forward passes of training are in bfloat16 on CPUs with instructions for it.
  5. Beyond the twelve, one tuned GAN per dataset: ten times the rate for G and 2.5 times for D,
@@ -128,8 +129,8 @@ BFLOAT16 = getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", Fal
 
 def bfloat16(on: bool):
     """A context for a forward pass on the CPU: if `on`, layers in bfloat16 where the processor has
-    instructions for it (older versions of torch cannot tell). Weights, their gradients and what
-    the layers normalise stay float32, as does everything on other devices.
+    instructions for it (older versions of torch cannot tell). Weights, their gradients and the
+    statistics of BatchNorm stay float32, as does everything on other devices.
     """
     return torch.autocast("cpu", torch.bfloat16, enabled=on and BFLOAT16)
 
@@ -256,7 +257,7 @@ class Gan:
     def __init__(self, config: dict, device):
         self.loss, self.z_dim, self.average = config["loss"], config["z_dim"], None
         self.G = put(initialised(Generator(self.z_dim)), device)
-        # without it D won from the first epoch on with one seed of five
+        # without BatchNorm in its hidden layer D won from the first epoch on with one seed of five
         self.D = put(initialised(Convolutions(1, hidden_norm=True)), device)
         self.modules = {"G": self.G, "D": self.D}
         if config["model"] == "tuned-gan":
@@ -632,7 +633,7 @@ def report(base: Path) -> str:
              f"{of('gan')} GANs, {of('tuned-gan')} tuned GANs, {of('vae')} VAEs, {of('vae-gan')} "
              f"hybrids; {len(all_of)} runs. Every measured image is made in "
              "eval mode, by the raw weights of the best epoch; by their moving average in the "
-             f"tuned GANs alone. {sum(r['metrics'].get('bfloat16', False) for r in all_of)} runs "
+             f"tuned GANs alone. {sum(r['metrics']['bfloat16'] for r in all_of)} runs "
              "come from a CPU with instructions for bfloat16, in which its training passes run (of "
              "a hybrid those of its first stage and of D_x); all are measured in float32."]
     if begun := without_result(base):
