@@ -50,6 +50,8 @@ from common import get, show
 N_VAL = 5000
 NOISE_DIM = 32  # of the hybrid's generator of codes
 ADVERSARIAL = 10.0  # nats per unit of the hybrid's discriminators while fine-tuning
+FROZEN = 0.1  # weight of its discriminator of images beside that of codes while the VAE is frozen
+CODE_RATE = 5  # its two networks of codes learn so many times as fast as the others
 SLACK = 1.05  # a hybrid may lose 5 % of its VAE's reconstruction on validation images
 TUNED = {"loss": "hinge", "z_dim": 64}
 SOURCE = {"mnist": (0.03, 0.25), "fashion-mnist": (0.06, 0.78)}  # its best GAN's and VAE's FID
@@ -127,12 +129,12 @@ def split(data: common.Data, config: dict) -> dict[str, Tensor]:
 BFLOAT16 = getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
 
 
-def bfloat16(on: bool):
-    """A context for a forward pass on the CPU: if `on`, layers in bfloat16 where the processor has
-    instructions for it (older versions of torch cannot tell). Weights, their gradients and the
-    statistics of BatchNorm stay float32, as does everything on other devices.
+def training_precision():
+    """A context for a forward pass: where gradients are recorded on a CPU that has instructions for
+    bfloat16, layers in it (older versions of torch cannot tell). Weights, their gradients and the
+    statistics of BatchNorm stay float32, as does everything that is measured.
     """
-    return torch.autocast("cpu", torch.bfloat16, enabled=on and BFLOAT16)
+    return torch.autocast("cpu", torch.bfloat16, enabled=torch.is_grad_enabled() and BFLOAT16)
 
 
 class Generator(nn.Module):
@@ -152,7 +154,7 @@ class Generator(nn.Module):
             nn.Conv2d(16, 1, 3, padding=1))  # logits (B, 1, 28, 28)
 
     def logits(self, z: Tensor) -> Tensor:
-        with bfloat16(self.training):
+        with training_precision():
             return self.trunk(self.first(z)).to(z.dtype)
 
     def forward(self, z: Tensor) -> Tensor:
@@ -175,7 +177,7 @@ class Convolutions(nn.Sequential):
             nn.LeakyReLU(0.2), wrap(nn.Linear(256, outputs)))
 
     def forward(self, x: Tensor) -> Tensor:
-        with bfloat16(self.training):
+        with training_precision():
             return super().forward(x).to(x.dtype)
 
 
@@ -230,10 +232,11 @@ def elbo_losses(encoder: nn.Module, decoder: Generator, x: Tensor) -> Tensor:
 # -------------------------------------------------------------------------------------------- Train
 
 
-def adam(lr: float, *modules: nn.Module) -> torch.optim.Adam:
-    parameters = [w for m in modules for w in m.parameters()]
-    return torch.optim.Adam(parameters, lr=lr, betas=(0.5, 0.999),
-                            fused=parameters[0].device.type != "mps")
+def adam(*parts: tuple[nn.Module, float]) -> torch.optim.Adam:
+    """Adam for modules, each with its rate."""
+    groups = [{"params": list(module.parameters()), "lr": rate} for module, rate in parts]
+    return torch.optim.Adam(groups, betas=(0.5, 0.999),
+                            fused=groups[0]["params"][0].device.type != "mps")
 
 
 @torch.compiler.disable  # it would take the weights that need a gradient for always the same
@@ -263,8 +266,8 @@ class Gan:
         if config["model"] == "tuned-gan":
             self.average = copy.deepcopy(self.G)
             self.modules["average"] = self.average
-        self.optimizers = {"optimizer_G": adam(config["lr"], self.G),
-                           "optimizer_D": adam(config.get("lr_d", config["lr"]), self.D)}
+        self.optimizers = {"optimizer_G": adam((self.G, config["lr"])),
+                           "optimizer_D": adam((self.D, config.get("lr_d", config["lr"])))}
 
     def step(self, x: Tensor, stage: int) -> Tensor:
         """A step of D, then one of G with fresh noise; (6,) as `names`."""
@@ -297,7 +300,7 @@ class Vae:
         G = Generator(self.z_dim)  # with a last layer as small, three of four seeds lagged behind
         self.G = put(initialised(G, G.trunk[-1]), device)
         self.modules = {"G": self.G, "E": self.E}
-        self.optimizers = {"optimizer": adam(config["lr"], self.E, self.G)}
+        self.optimizers = {"optimizer": adam((self.E, config["lr"]), (self.G, config["lr"]))}
 
     def step(self, x: Tensor, stage: int) -> Tensor:
         losses = elbo_losses(self.E, self.G, x)
@@ -324,8 +327,10 @@ class VaeGan:
                             for sizes in [(self.z_dim, self.d), (self.d, 1)])
         self.D_x = put(Convolutions(1, spectral=True), device)
         self.modules = {"G": self.G, "E": self.E, "H": self.H, "D_z": self.D_z, "D_x": self.D_x}
-        self.optimizers = {"optimizer": adam(config["lr"], self.E, self.G, self.H),
-                           "optimizer_D": adam(config["lr"], self.D_z, self.D_x)}
+        rate = config["lr"]
+        self.optimizers = {
+            "optimizer": adam((self.E, rate), (self.G, rate), (self.H, CODE_RATE * rate)),
+            "optimizer_D": adam((self.D_z, CODE_RATE * rate), (self.D_x, rate))}
         self.stage = 2  # whose samples a finished system draws
 
     def step(self, x: Tensor, stage: int) -> Tensor:
@@ -334,16 +339,17 @@ class VaeGan:
             norm = step_of(self.optimizers["optimizer"], losses[0])
             return F.pad(torch.cat([losses, norm[None]]).detach(), (0, 7))
         noise = lambda: torch.randn(len(x), self.z_dim, device=x.device)
-        with torch.no_grad():
-            mu, logvar = self.E(x).chunk(2, dim=1)
-            z_real = mu + torch.randn_like(mu) * (0.5 * logvar).exp()
-            z_fake = self.H(noise())
-            x_fake = self.G(z_fake)
+        mu, logvar = self.E(x).detach().chunk(2, dim=1)
+        z_real = mu + torch.randn_like(mu) * (0.5 * logvar).exp()
+        z_fake = self.H(noise()).detach()
+        x_fake = self.G(z_fake).detach()
         logits = [self.D_x(x), self.D_x(x_fake), self.D_z(z_real), self.D_z(z_fake)]
         loss_d = d_loss("hinge", *logits[:2]) + d_loss("hinge", *logits[2:])
         d_norm = step_of(self.optimizers["optimizer_D"], loss_d)
         z_fake = self.H(noise())
-        loss_h = g_loss("hinge", self.D_z(z_fake)) + g_loss("hinge", self.D_x(self.G(z_fake)))
+        on_codes, on_images = (g_loss("hinge", logits) for logits in [
+            self.D_z(z_fake), self.D_x(self.G(z_fake))])
+        loss_h = on_codes + (FROZEN if stage == 1 else 1) * on_images
         losses = elbo_losses(self.E, self.G, x) if stage == 2 else loss_h.new_zeros(3)
         norm = step_of(self.optimizers["optimizer"], losses[0] + ADVERSARIAL * loss_h)
         right = [((v > 0) == real).float().mean()
@@ -634,8 +640,8 @@ def report(base: Path) -> str:
              f"hybrids; {len(all_of)} runs. Every measured image is made in "
              "eval mode, by the raw weights of the best epoch; by their moving average in the "
              f"tuned GANs alone. {sum(r['metrics']['bfloat16'] for r in all_of)} runs "
-             "come from a CPU with instructions for bfloat16, in which its training passes run (of "
-             "a hybrid those of its first stage and of D_x); all are measured in float32."]
+             "come from a CPU with instructions for bfloat16, in which its training passes run; all "
+             "are measured in float32."]
     if begun := without_result(base):
         lines.append(f"Begun, without a result here: {', '.join(begun)}.")
     for title, part in [("Part 1: GANs", gans), ("Part 2: VAEs and hybrids", vaes)]:

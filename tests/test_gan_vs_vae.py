@@ -81,6 +81,7 @@ def test_a_step_is_adams_on_the_gradient_of_its_own_weights():
     assert all(w.grad is None for w in gan.D.parameters())
 
 
+@torch.no_grad()
 def test_the_elbo_against_torch_distributions():
     vae, x = study.Vae(settings("vae"), "cpu"), torch.rand(6, 1, 28, 28).round()
     vae.E[-1].weight.data *= 200  # codes far from the prior
@@ -127,13 +128,24 @@ def test_bfloat16_is_of_training_alone_and_near_float32(monkeypatch, net, shape)
         monkeypatch.setattr(study, "BFLOAT16", on)
         torch.manual_seed(0)
         module, x = net(8), torch.rand(shape)
-        measured, trained = module.eval()(x), module.train()(x)
+        with torch.no_grad():
+            measured = module.eval()(x)
+        trained = module.train()(x)
         assert trained.dtype == measured.dtype == torch.float32
         weight = next(module.parameters())
         found[on] = measured, trained, *torch.autograd.grad(trained.square().sum(), weight)
     (a, b, c), (d, e, f) = found[False], found[True]
     assert torch.equal(a, d) and not torch.equal(b, e)
     assert (b - e).norm() < 0.02 * b.norm() and (c - f).norm() < 0.1 * c.norm()
+
+
+def test_the_hybrids_networks_of_codes_learn_faster():
+    hybrid, p = study.VaeGan(settings("vae-gan"), torch.device("cpu")), settings("vae-gan")["lr"]
+    rate = {id(w): g["lr"] for o in hybrid.optimizers.values() for g in o.param_groups
+            for w in g["params"]}
+    for name, module in hybrid.modules.items():
+        want = study.CODE_RATE * p if name in ("H", "D_z") else p
+        assert {rate[id(w)] for w in module.parameters()} == {want}
 
 
 def test_the_hybrids_vae_is_unchanged_while_frozen_and_trained_before_and_after():
