@@ -831,8 +831,10 @@ def environment(device: torch.device) -> dict:
         name = next((line.split(":")[1].strip() for line in lines if "model name" in line), name)
     commit = "unknown"
     with contextlib.suppress(OSError):  # no git on this machine
-        commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=HERE, text=True,
-                                capture_output=True).stdout.strip() or commit
+        git = lambda *of: subprocess.run(["git", *of], cwd=HERE, text=True, capture_output=True)
+        commit = git("describe", "--always").stdout.strip() or commit
+        if commit != "unknown" and git("diff", "--quiet", "HEAD", "--", "*.py").returncode:
+            commit += "-dirty"  # by its code: published results may be half-way through renewal
     return {"command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
             "commit": commit,
             "device": f"{device.type}: {name}", "threads": torch.get_num_threads(),

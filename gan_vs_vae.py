@@ -640,8 +640,8 @@ def report(base: Path) -> str:
              f"hybrids; {len(all_of)} runs. Every measured image is made in "
              "eval mode, by the raw weights of the best epoch; by their moving average in the "
              f"tuned GANs alone. {sum(r['metrics']['bfloat16'] for r in all_of)} runs "
-             "come from a CPU with instructions for bfloat16, in which its training passes run; all "
-             "are measured in float32."]
+             "come from a CPU with instructions for bfloat16, in which its training passes run; "
+             "all are measured in float32."]
     if begun := without_result(base):
         lines.append(f"Begun, without a result here: {', '.join(begun)}.")
     for title, part in [("Part 1: GANs", gans), ("Part 2: VAEs and hybrids", vaes)]:
