@@ -239,14 +239,14 @@ def test_every_epoch_sees_each_image_once_in_a_new_order_and_the_tuned_rates_dec
     monkeypatch.setattr(study.Gan, "step", watched)
     x = torch.rand(64, 1, 28, 28)
     x[:, 0, 0, 0] = torch.arange(64) / 255  # its own number in a corner
-    config = settings("tuned-gan", epochs=4, lr=4e-3, lr_d=1e-3)
+    config = settings("tuned-gan", epochs=4, lr=4e-3)
     args = argparse.Namespace(tensorboard=False, compile=False, samples=100)
     study.train(config, x, x, classifier.look(x)[0], classifier, tmp_path, args)
     epochs = [a + b for a, b in zip(seen[::2], seen[1::2], strict=True)]
     assert all(sorted(epoch) == list(range(64)) for epoch in epochs)
     assert len(set(map(tuple, epochs))) == 4
     assert torch.tensor(rates[::2]).allclose(
-        torch.tensor([[4e-3, 1e-3]]) * torch.tensor([[1], [0.75], [0.5], [0.25]]))
+        torch.tensor([[4e-3, 4e-3]]) * torch.tensor([[1], [0.75], [0.5], [0.25]]))
 
 
 def test_the_best_epoch_of_a_hybrid_is_fine_tuned_and_still_reconstructs():
