@@ -133,9 +133,9 @@ def our_gan(x, epochs: int, compiled: bool) -> float:
     return float(losses[-100:, :2].sum(1).mean())
 
 
-def limit(step, weights: int, seconds: float, device) -> str:
+def limit(step, weights: int, seconds: float, device, dtype) -> str:
     """Operations and bytes of a step, and the rate against a matrix product of this machine."""
-    a = torch.randn(2048, 2048, device=device)
+    a = torch.randn(2048, 2048, device=device, dtype=dtype)
     best = math.inf
     for _ in range(5):
         sync(device)
@@ -150,10 +150,11 @@ def limit(step, weights: int, seconds: float, device) -> str:
     moved = 4 * weights * 10
     return (f"{flops / 1e9:.2f} GFLOP and {moved / 1e6:.0f} MB of weights and moments a step; "
             f"{flops / seconds / 1e9:.0f} GFLOP/s, {100 * flops / seconds / peak:.0f} % of the "
-            f"{peak / 1e9:.0f} GFLOP/s of a float32 product of 2048 x 2048")
+            f"{peak / 1e9:.0f} GFLOP/s of a {str(dtype).split('.')[1]} product of 2048 x 2048")
 
 
-def speed(name: str, usual, ours, steps: int, step, weights: int, epochs: int, device) -> None:
+def speed(name: str, usual, ours, steps: int, step, weights: int, epochs: int, device,
+          dtype=torch.float32) -> None:
     rows, times = [], {}
     for title, run in [("usual", usual), ("ours", lambda n: ours(n, False)),
                        ("ours, --compile", lambda n: ours(n, True))]:
@@ -167,7 +168,7 @@ def speed(name: str, usual, ours, steps: int, step, weights: int, epochs: int, d
                      f"{loss:.2f}"])
     print(f"## {name}, {torch.get_num_threads()} threads, {device}\n\n" + common.table(
         ["", "s per epoch", "× faster", "s more in the first call", "last loss"], rows))
-    print("\n" + limit(step, weights, times["ours"] / steps, device) + "\n")
+    print("\n" + limit(step, weights, times["ours"] / steps, device, dtype) + "\n")
 
 
 def vae(args, device, data) -> None:
@@ -186,7 +187,8 @@ def dcgan(args, device, data) -> None:
     weights = sum(w.numel() for m in (gan.G, gan.D) for w in m.parameters())
     speed("DCGAN, batch 128, Adam", lambda n: usual_gan(args.data_dir, device, n),
           lambda n, c: our_gan(x, n, c), len(x) // 128, lambda: gan.step(x[:128], 0), weights,
-          args.epochs, device)
+          args.epochs, device,
+          torch.bfloat16 if device.type == "cpu" and gan_vs_vae.BFLOAT16 else torch.float32)
 
 
 def peak_memory(run) -> tuple[float, float]:
