@@ -173,6 +173,23 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
             group["lr"] = rate
 
 
+BFLOAT16 = getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
+
+
+def mixed_precision(net):
+    """`net` as a training step runs it: where gradients are recorded on a CPU that has instructions
+    for bfloat16, its layers are in it (older versions of torch cannot tell). The result has the
+    input's type; weights, their gradients and the statistics of BatchNorm stay float32, as does
+    everything without gradients, so everything that is measured.
+    """
+    def forward(x: Tensor) -> Tensor:
+        on = torch.is_grad_enabled() and BFLOAT16
+        with torch.autocast("cpu", torch.bfloat16, enabled=on):
+            return net(x).to(x.dtype)
+
+    return forward
+
+
 def fast_step(step, parts: dict, device: torch.device, on: bool):
     """A training step as the device runs it fastest, if `on` (--compile), else as it is.
 

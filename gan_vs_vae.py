@@ -125,17 +125,6 @@ def split(data: common.Data, config: dict) -> dict[str, Tensor]:
 # -------------------------------------------------------------------------------------------- Model
 
 
-BFLOAT16 = getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
-
-
-def training_precision():
-    """A context for a forward pass: where gradients are recorded on a CPU that has instructions for
-    bfloat16, layers in it (older versions of torch cannot tell). Weights, their gradients and the
-    statistics of BatchNorm stay float32, as does everything that is measured.
-    """
-    return torch.autocast("cpu", torch.bfloat16, enabled=torch.is_grad_enabled() and BFLOAT16)
-
-
 class Generator(nn.Module):
     """Codes (B, d) to images (B, 1, 28, 28) in (0, 1): the GAN's generator and the VAE's decoder.
 
@@ -153,8 +142,7 @@ class Generator(nn.Module):
             nn.Conv2d(16, 1, 3, padding=1))  # logits (B, 1, 28, 28)
 
     def logits(self, z: Tensor) -> Tensor:
-        with training_precision():
-            return self.trunk(self.first(z)).to(z.dtype)
+        return common.mixed_precision(lambda z: self.trunk(self.first(z)))(z)
 
     def forward(self, z: Tensor) -> Tensor:
         return self.logits(z).sigmoid()
@@ -176,8 +164,7 @@ class Convolutions(nn.Sequential):
             nn.LeakyReLU(0.2), wrap(nn.Linear(256, outputs)))
 
     def forward(self, x: Tensor) -> Tensor:
-        with training_precision():
-            return super().forward(x).to(x.dtype)
+        return common.mixed_precision(super().forward)(x)
 
 
 def initialised(module: nn.Module, *kept: nn.Module) -> nn.Module:
@@ -540,7 +527,7 @@ def evaluate(config: dict, args, data, part, system, best: dict, history: list, 
         "seconds_per_epoch": float(np.median([  # of a hybrid in its last stage
             h["seconds"] for h in history[-config.get("stage_epochs", config["epochs"]):]])),
         "seconds_train": sum(h["seconds"] for h in history),
-        "bfloat16": device.type == "cpu" and BFLOAT16,
+        "bfloat16": device.type == "cpu" and common.BFLOAT16,
         "environment": common.environment(device)}
     if "E" in system.modules:
         torch.manual_seed(common.seed_from(config["seed"], "test"))

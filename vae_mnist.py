@@ -161,7 +161,7 @@ class VAE(nn.Module):
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of q(z | x), (B, d) each."""
-        mu, logvar = self.encoder(x).chunk(2, dim=1)
+        mu, logvar = common.mixed_precision(self.encoder)(x).chunk(2, dim=1)
         return mu, logvar
 
     def decode(self, z: Tensor) -> Tensor:
@@ -178,7 +178,7 @@ def log_likelihood(decoder, z: Tensor, x: Tensor) -> Tensor:
     For grey x it is the usual cross-entropy, which is no likelihood of grey data.
     """
     logits = decoder(z.flatten(0, 1)).view(*z.shape[:2], -1)  # (K, B, P)
-    return torch.einsum("kbp,bp->kb", logits, x) - F.softplus(logits).sum(-1)
+    return (logits * x - F.softplus(logits)).sum(-1)
 
 
 def log_weights(log_px, mu: Tensor, logvar: Tensor, k: int) -> Tensor:
@@ -209,7 +209,8 @@ def objective(model: VAE, x: Tensor, config: dict) -> Tensor:
     which is lower than the sum of the two, because it is tighter.
     """
     mu, logvar = model.encode(x)
-    log_px = lambda z: log_likelihood(model.decoder, z, x.flatten(1))
+    decoder = common.mixed_precision(model.decoder)
+    log_px = lambda z: log_likelihood(decoder, z, x.flatten(1))
     kl = kl_per_dimension(mu, logvar).sum(1).mean()
     if config["objective"] == "elbo":
         z = mu + torch.randn_like(mu) * (0.5 * logvar).exp()

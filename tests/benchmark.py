@@ -188,7 +188,7 @@ def dcgan(args, device, data) -> None:
     speed("DCGAN, batch 128, Adam", lambda n: usual_gan(args.data_dir, device, n),
           lambda n, c: our_gan(x, n, c), len(x) // 128, lambda: gan.step(x[:128], 0), weights,
           args.epochs, device,
-          torch.bfloat16 if device.type == "cpu" and gan_vs_vae.BFLOAT16 else torch.float32)
+          torch.bfloat16 if device.type == "cpu" and common.BFLOAT16 else torch.float32)
 
 
 def peak_memory(run) -> tuple[float, float]:

@@ -125,7 +125,7 @@ def test_in_eval_mode_an_image_depends_on_its_own_code():
 def test_bfloat16_is_of_training_alone_and_near_float32(monkeypatch, net, shape):
     found = {}
     for on in (False, True):
-        monkeypatch.setattr(study, "BFLOAT16", on)
+        monkeypatch.setattr(study.common, "BFLOAT16", on)
         torch.manual_seed(0)
         module, x = net(8), torch.rand(shape)
         with torch.no_grad():
