@@ -967,10 +967,12 @@ def how_made(groups: dict[str, list[dict]]) -> str:
         for run in runs:
             c, e = run["config"], run["metrics"]["environment"]
             rows.setdefault((name, c["epochs"], c["batch_size"], c["lr"], f"`{e['command']}`",
-                             e["commit"], e["device"], e["threads"], e["torch"]), []).append(run)
+                             e["commit"], e["device"], e["threads"], e["torch"],
+                             "bfloat16" if run["metrics"].get("bfloat16") else "float32"),
+                            []).append(run)
     return "## How this was made\n\n" + table(
         ["run", "epochs", "batch", "rate", "command", "commit", "device", "threads", "torch",
-         "seeds", "s to train"],
+         "training passes", "seeds", "s to train"],
         [[*key, " ".join(str(r["config"]["seed"]) for r in rs), show(rs, "seconds_train", digits=0)]
          for key, rs in rows.items()])
 

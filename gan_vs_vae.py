@@ -618,16 +618,13 @@ def report(base: Path) -> str:
                                                              ("vae", "vae-gan")])
     datasets = list(dict.fromkeys(runs[0]["config"]["dataset"] for runs in groups.values()))
     of = lambda *models: len(pick(groups, None, *models))
-    all_of = [r for runs in groups.values() for r in runs]
     lines = [f"# GAN against VAE on {' and '.join(common.DATASETS[d] for d in datasets)}",
              "Which makes better images, a GAN or a VAE, and what does combining them bring?",
              answer(groups, datasets), "## Summary",
              f"{of('gan')} GANs, {of('tuned-gan')} tuned GANs, {of('vae')} VAEs, {of('vae-gan')} "
-             f"hybrids; {len(all_of)} runs. Every measured image is made in "
+             f"hybrids; {sum(map(len, groups.values()))} runs. Every measured image is made in "
              "eval mode, by the raw weights of the best epoch; by their moving average in the "
-             f"tuned GANs alone. {sum(r['metrics']['bfloat16'] for r in all_of)} runs "
-             "come from a CPU with instructions for bfloat16, in which its training passes run; "
-             "all are measured in float32."]
+             "tuned GANs alone."]
     if begun := without_result(base):
         lines.append(f"Begun, without a result here: {', '.join(begun)}.")
     for title, part in [("Part 1: GANs", gans), ("Part 2: VAEs and hybrids", vaes)]:

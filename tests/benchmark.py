@@ -66,7 +66,7 @@ def usual_vae(data_dir: str, device, epochs: int) -> float:
         optimizer, lambda epoch: 0.5 * (1 + math.cos(math.pi * epoch / epochs)))
 
     def loss_of(x):
-        mu, logvar = model.encode(x)
+        mu, logvar = model.encoder(x).chunk(2, dim=1)  # in float32
         z = mu + torch.randn_like(mu) * torch.exp(0.5 * logvar)
         reconstruction = F.binary_cross_entropy(model.decode(z), x, reduction="sum")
         return reconstruction - 0.5 * torch.sum(1 + logvar - mu.pow(2) - logvar.exp())
@@ -133,8 +133,9 @@ def our_gan(x, epochs: int, compiled: bool) -> float:
     return float(losses[-100:, :2].sum(1).mean())
 
 
-def limit(step, weights: int, seconds: float, device, dtype) -> str:
+def limit(step, weights: int, seconds: float, device) -> str:
     """Operations and bytes of a step, and the rate against a matrix product of this machine."""
+    dtype = torch.bfloat16 if device.type == "cpu" and common.BFLOAT16 else torch.float32
     a = torch.randn(2048, 2048, device=device, dtype=dtype)
     best = math.inf
     for _ in range(5):
@@ -153,8 +154,7 @@ def limit(step, weights: int, seconds: float, device, dtype) -> str:
             f"{peak / 1e9:.0f} GFLOP/s of a {str(dtype).split('.')[1]} product of 2048 x 2048")
 
 
-def speed(name: str, usual, ours, steps: int, step, weights: int, epochs: int, device,
-          dtype=torch.float32) -> None:
+def speed(name: str, usual, ours, steps: int, step, weights: int, epochs: int, device) -> None:
     rows, times = [], {}
     for title, run in [("usual", usual), ("ours", lambda n: ours(n, False)),
                        ("ours, --compile", lambda n: ours(n, True))]:
@@ -168,7 +168,7 @@ def speed(name: str, usual, ours, steps: int, step, weights: int, epochs: int, d
                      f"{loss:.2f}"])
     print(f"## {name}, {torch.get_num_threads()} threads, {device}\n\n" + common.table(
         ["", "s per epoch", "× faster", "s more in the first call", "last loss"], rows))
-    print("\n" + limit(step, weights, times["ours"] / steps, device, dtype) + "\n")
+    print("\n" + limit(step, weights, times["ours"] / steps, device) + "\n")
 
 
 def vae(args, device, data) -> None:
@@ -187,8 +187,7 @@ def dcgan(args, device, data) -> None:
     weights = sum(w.numel() for m in (gan.G, gan.D) for w in m.parameters())
     speed("DCGAN, batch 128, Adam", lambda n: usual_gan(args.data_dir, device, n),
           lambda n, c: our_gan(x, n, c), len(x) // 128, lambda: gan.step(x[:128], 0), weights,
-          args.epochs, device,
-          torch.bfloat16 if device.type == "cpu" and common.BFLOAT16 else torch.float32)
+          args.epochs, device)
 
 
 def peak_memory(run) -> tuple[float, float]:
