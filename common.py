@@ -176,18 +176,19 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 BFLOAT16 = getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
 
 
-def mixed_precision(net):
-    """`net` as a training step runs it: where gradients are recorded on a CPU that has instructions
-    for bfloat16, its layers are in it (older versions of torch cannot tell). The result has the
-    input's type; weights, their gradients and the statistics of BatchNorm stay float32, as does
-    everything without gradients, so everything that is measured.
+def mixed_precision(forward):
+    """`forward`, a net or a method, as a training step runs it: where gradients are recorded on a
+    CPU that has instructions for bfloat16, its layers are in it (older versions of torch cannot
+    tell), and so is the gradient of their weights. The result has the type of the last argument.
+    Weights, optimisers and the statistics of BatchNorm stay float32, as does everything without
+    gradients: all that is measured but a step's own losses.
     """
-    def forward(x: Tensor) -> Tensor:
+    def mixed(*args: Tensor) -> Tensor:
         on = torch.is_grad_enabled() and BFLOAT16
         with torch.autocast("cpu", torch.bfloat16, enabled=on):
-            return net(x).to(x.dtype)
+            return forward(*args).to(args[-1].dtype)
 
-    return forward
+    return mixed
 
 
 def fast_step(step, parts: dict, device: torch.device, on: bool):
@@ -743,6 +744,7 @@ def open_runs(folders: Sequence[Path], configs: Sequence[dict], args) -> None:
     Nothing is written or removed unless every folder there holds a run with its configuration and
     what the flags ask for is installed. Raises UserError. An empty --shard is said.
     """
+    code_version()  # of the code that trains, whatever is committed meanwhile
     if not folders:
         print(f"no run in shard {args.shard.start}/{args.shard.step}")
     if args.tensorboard:
@@ -836,6 +838,20 @@ def save_history(path: Path, history: list[dict]) -> None:
     save_text(path, text.getvalue())
 
 
+@functools.cache
+def code_version() -> str:
+    """The commit, "-dirty" if a script differs from it (results may be half-way through renewal),
+    when this was first called.
+    """
+    git = lambda *of: subprocess.run(["git", *of], cwd=HERE, text=True, capture_output=True)
+    try:
+        commit = git("describe", "--always").stdout.strip()
+        changed = git("diff", "--quiet", "HEAD", "--", "*.py").returncode == 1
+        return commit + "-dirty" * changed or "unknown"
+    except OSError:  # no git on this machine
+        return "unknown"
+
+
 def environment(device: torch.device) -> dict:
     """Where and how a number was made. These fields and seconds are all that may differ between
     equal runs.
@@ -846,14 +862,8 @@ def environment(device: torch.device) -> dict:
     elif Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next((line.split(":")[1].strip() for line in lines if "model name" in line), name)
-    commit = "unknown"
-    with contextlib.suppress(OSError):  # no git on this machine
-        git = lambda *of: subprocess.run(["git", *of], cwd=HERE, text=True, capture_output=True)
-        commit = git("describe", "--always").stdout.strip() or commit
-        if commit != "unknown" and git("diff", "--quiet", "HEAD", "--", "*.py").returncode:
-            commit += "-dirty"  # by its code: published results may be half-way through renewal
     return {"command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-            "commit": commit,
+            "commit": code_version(),
             "device": f"{device.type}: {name}", "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "numpy": np.__version__, "python": platform.python_version(),
@@ -924,11 +934,13 @@ def table(header: Sequence[str], rows: Sequence[Sequence]) -> str:
 
 def by_configuration(runs: list[dict], variant, *measured: str) -> dict[str, list[dict]]:
     """Runs that differ in the seed alone, by name: variant(config) and, where that is shared, what
-    else differs. Of the metrics, those `measured` (such as a number of samples) must agree too.
+    else differs. Of the metrics, those `measured` (such as a number of samples) must agree too, and
+    the precision of training.
     """
     groups: dict[str, tuple[dict, list]] = {}
     for run in runs:
         same = run["config"] | {key: run["metrics"][key] for key in measured}
+        same["bfloat16"] = run["metrics"].get("bfloat16", False)
         del same["seed"]
         groups.setdefault(str(same), (same, []))[1].append(run)
     named = {}

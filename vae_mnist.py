@@ -162,7 +162,7 @@ class VAE(nn.Module):
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of q(z | x), (B, d) each."""
-        mu, logvar = common.mixed_precision(self.encoder)(x).chunk(2, dim=1)
+        mu, logvar = self.encoder(x).chunk(2, dim=1)
         return mu, logvar
 
     def decode(self, z: Tensor) -> Tensor:
@@ -209,8 +209,8 @@ def objective(model: VAE, x: Tensor, config: dict) -> Tensor:
     elbo: loss = reconstruction + KL, the KL in closed form. iwae: minus the bound with k codes,
     which is lower than the sum of the two, because it is tighter.
     """
-    mu, logvar = model.encode(x)
-    decoder = common.mixed_precision(model.decoder)
+    encoder, decoder = map(common.mixed_precision, [model.encoder, model.decoder])
+    mu, logvar = encoder(x).chunk(2, dim=1)
     log_px = lambda z: log_likelihood(decoder, z, x.flatten(1))
     kl = kl_per_dimension(mu, logvar).sum(1).mean()
     if config["objective"] == "elbo":

@@ -7,6 +7,7 @@
 import re
 import shlex
 import shutil
+import subprocess
 
 import numpy as np
 import pytest
@@ -264,6 +265,24 @@ def test_there_are_commands_and_the_files_named_exist():
         assert name == "report.md" or (ROOT / name).exists(), name
     for name in re.findall(r"\]\((?!http)([^)#]+)\)", README):
         assert (ROOT / name).exists(), name
+
+
+def test_a_commit_is_dirty_by_its_code_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "HERE", tmp_path)
+    git = lambda *of: subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *of],
+                                     cwd=tmp_path, check=True, capture_output=True)
+    version = common.code_version.__wrapped__
+    git("init", "-q")
+    assert version() == "unknown"  # no commit yet
+    for name in ("study.py", "report.md"):
+        (tmp_path / name).write_text("1")
+    git("add", ".")
+    git("commit", "-q", "-m", "first")
+    commit = version()
+    (tmp_path / "report.md").write_text("2")
+    assert len(commit) >= 7 and version() == commit
+    (tmp_path / "study.py").write_text("2")
+    assert version() == f"{commit}-dirty"
 
 
 def test_ci_runs_the_readmes_test_command():

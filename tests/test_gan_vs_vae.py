@@ -139,6 +139,17 @@ def test_bfloat16_is_of_training_alone_and_near_float32(monkeypatch, net, shape)
     assert (b - e).norm() < 0.02 * b.norm() and (c - f).norm() < 0.1 * c.norm()
 
 
+def test_what_is_measured_is_in_float32(monkeypatch):
+    vae, x, z, found = study.Vae(settings("vae"), "cpu"), torch.rand(8, 1, 28, 28), torch.randn(
+        8, settings("vae")["latent_dim"]), []
+    study.set_mode(vae, False)
+    for on in (False, True):
+        monkeypatch.setattr(study.common, "BFLOAT16", on)
+        torch.manual_seed(0)
+        found.append((study.elbo_of(vae, x), study.draw(vae, z, "cpu").tolist()))
+    assert found[0] == found[1]
+
+
 def test_the_hybrids_networks_of_codes_learn_faster():
     hybrid, p = study.VaeGan(settings("vae-gan"), torch.device("cpu")), settings("vae-gan")["lr"]
     rate = {id(w): g["lr"] for o in hybrid.optimizers.values() for g in o.param_groups
