@@ -626,10 +626,10 @@ def report(base: Path) -> str:
              answer(groups, datasets), "## Summary",
              f"{of('gan')} GANs, {of('tuned-gan')} tuned GANs, {of('vae')} VAEs, {of('vae-gan')} "
              f"hybrids; {sum(map(len, groups.values()))} runs. Every measured image is made in "
-             "eval mode, by the raw weights of the best epoch; by their moving average in the "
-             "tuned GANs alone. Nets, rates and weights of losses were chosen by the FID of "
-             "validation images, of seed 100. A hybrid's networks of codes learn at "
-             f"{CODE_RATE} times the rate given."]
+             "eval mode, by the raw weights of the best epoch; in the tuned GANs alone by their "
+             "moving average, in which the first, untrained weights fade over a few epochs. "
+             "Nets, rates and weights of losses were chosen by the FID of validation images, of "
+             f"seed 100. A hybrid's networks of codes learn at {CODE_RATE} times the rate given."]
     if begun := without_result(base):
         lines.append(f"Begun, without a result here: {', '.join(begun)}.")
     for title, part in [("Part 1: GANs", gans), ("Part 2: VAEs and hybrids", vaes)]:
