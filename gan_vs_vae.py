@@ -1021,7 +1021,8 @@ def answer_hybrid(groups: dict) -> str:
                        1: "its samples are worse", -1: "gains too little",
                        0: "whether its samples are better cannot be told"}[change.sign],
                    (False, False): "neither"}[met]
-                + f"; difference of log FID {change}")
+                + f"; difference of log FID {change}; recall " + " against ".join(
+                    show(list(of), "recall") for of in zip(*pairs, strict=True)))
         gan = best_of(groups, c["dataset"], "gan")
         if gan:
             a, b = (np.log(get(of, "fid")) for of in common.same_seeds(runs, gan[1]))
