@@ -197,7 +197,10 @@ class Autoencoder(nn.Module):
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Mean (B, d) and log-variance (B, d) of q(z | x); without the variance, the code and None.
         """
-        h = common.mixed_precision(self.encoder)(x)
+        return self.halves(self.encoder(x))
+
+    def halves(self, h: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What the encoder's output is: as `encode`."""
         return h.chunk(2, dim=1) if self.variational else (h, None)
 
     def decode(self, z: Tensor, temperature: float = 1.0) -> Tensor:
@@ -253,9 +256,10 @@ def objective(model: Autoencoder, x: Tensor, config: dict, times: int = 1) -> Te
     more than one of the AE ("lazy regularization", Karras et al. 2020, arXiv:1912.04958). A batch
     of fewer than 8 images is taken whole.
     """
-    mu, logvar = model.encode(x)
+    encoder, decoder = map(common.mixed_precision, [model.encoder, model.decoder])
+    mu, logvar = model.halves(encoder(x))
     z = mu if logvar is None else mu + torch.randn_like(mu) * (0.5 * logvar).exp()
-    reconstruction = bernoulli_nats(common.mixed_precision(model.decoder)(z), x)
+    reconstruction = bernoulli_nats(decoder(z), x)
     code = bent = torch.zeros_like(reconstruction)
     if logvar is not None:
         code = config["beta"] * kl_nats(mu, logvar)
