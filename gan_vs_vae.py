@@ -670,7 +670,9 @@ def answer(groups: dict, datasets: list) -> str:
             text += "; the VAE's is lower." if ratio > 1 else "."
         if "vae-gan" in best and (pairs := with_parents(groups, best["vae-gan"][1])):
             text += (f" The hybrid has {times(pairs, 'fid'):.2f} × the FID of its VAE and "
-                     f"{times(pairs, 'elbo', 'reconstruction'):.2f} × its reconstruction loss.")
+                     f"{times(pairs, 'elbo', 'reconstruction'):.2f} × its reconstruction loss")
+            why = {reason for hybrid, _ in pairs for reason in collapsed(hybrid["metrics"])}
+            text += f", but is called collapsed ({'; '.join(sorted(why))})." if why else "."
         if "tuned-gan" in best and dataset in SOURCE:
             over = fid["tuned-gan"] / best["tuned-gan"][1][0]["metrics"]["scale"]["real"]["fid"]
             goal = {"mnist": 10, "fashion-mnist": 15}[dataset]
@@ -794,7 +796,7 @@ def plots(base: Path, groups: dict, datasets: list) -> list[str]:
 
     def scatter(axes, _, of):
         for i, (name, runs) in enumerate(of.items()):
-            axes.plot(get(runs, "recall"), get(runs, "precision"), "osD^v<>PX*ph"[i % 12],
+            axes.plot(get(runs, "recall"), get(runs, "precision"), "osD^v<>PX*+x"[i % 12],
                       color=colors[runs[0]["config"]["model"]], ms=5, mfc="none",
                       label=short(name))
         real = next(iter(of.values()))[0]["metrics"]["scale"]["real"]

@@ -388,5 +388,10 @@ def test_the_fourth_answer_follows_the_numbers(fid, rec, words):
     text = study.answer_hybrid(groups)
     assert words in text and f"{fid / 2:.2f} × the FID of the best GAN" in text
     assert "at the end of its stages 10.00 ± 0.00, 20.00 ± 0.00, 30.00 ± 0.00" in text
+    first = study.answer(groups, ["mnist"])
+    assert f"The hybrid has {fid / 10:.2f} × the FID of its VAE" in first
+    assert f"{rec / 80:.2f} × its reconstruction loss." in first
+    groups["h"][0]["metrics"]["recall"] = 0.1
+    assert "but is called collapsed (recall 0.1 < 0.2)." in study.answer(groups, ["mnist"])
     once = {name: runs[:1] for name, runs in groups.items()}
     assert ("cannot be told" in study.answer_hybrid(once)) == (fid > 5 and rec == 80)
