@@ -533,7 +533,8 @@ def manifold_metrics(real: Tensor, fake: Tensor, k: int = 5) -> dict[str, float]
         return torch.cdist(u, v, compute_mode="donot_use_mm_for_euclid_dist")
 
     def radii(u: Tensor) -> Tensor:  # the point itself is at distance 0, hence k + 1
-        return torch.cat([distances(c, u).kthvalue(k + 1).values for c in u.split(1000)])
+        return torch.cat([distances(c, u).topk(k + 1, largest=False).values[:, k]
+                          for c in u.split(1000)])
 
     r_real, r_fake = radii(real), radii(fake)
     balls = torch.zeros(len(fake))  # how many real balls hold each fake point

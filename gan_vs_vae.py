@@ -31,6 +31,7 @@ al. 2018, arXiv:1802.05957 (spectral normalisation).
 """
 
 import copy
+import functools
 import itertools
 import math
 import time
@@ -1062,7 +1063,9 @@ def main(argv=None) -> dict:
     parts = [split(datas[c["dataset"]], c) for c in runs]
     folders = [base / c["dataset"] / variant(c) / f"seed_{c['seed']}" for c in runs]
     common.open_runs(folders, runs, args)
-    metrics, judges, failed = {}, {}, []
+    classifier_of = functools.cache(lambda name: common.load_classifier(datas[name], device))
+    judge_of = functools.cache(lambda name: Judge(datas[name], classifier_of(name), args.samples))
+    metrics, failed = {}, []
     for config, part, folder in zip(runs, parts, folders, strict=True):
         name, file = f"{variant(config)}/seed_{config['seed']}", folder / "final_metrics.json"
         if file.exists():  # finished, whether or not its weights are still here
@@ -1073,10 +1076,7 @@ def main(argv=None) -> dict:
                                    f"{args.samples}; --fresh replaces it, another --out-dir keeps "
                                    "it")
         data = datas[config["dataset"]]
-        if data.name not in judges:
-            classifier = common.load_classifier(data, device)
-            judges[data.name] = classifier, Judge(data, classifier, args.samples)
-        classifier, judge = judges[data.name]
+        classifier = classifier_of(data.name)
         x, x_val = (data.x_train[part[k]].to(device) for k in ["train", "val"])
         f_val = classifier.look(x_val)[0]
         try:
@@ -1084,8 +1084,8 @@ def main(argv=None) -> dict:
         except common.UserError as error:  # one run that diverges must not cost the others
             failed.append(str(error))
             continue
-        metrics[name] = evaluate(config, args, data, part, system, best, history, judge, f_val,
-                                 folder, device)
+        metrics[name] = evaluate(config, args, data, part, system, best, history,
+                                 judge_of(data.name), f_val, folder, device)
     if metrics:
         report(base)
         print(f"report: {base / 'report.md'}")
