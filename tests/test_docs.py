@@ -33,7 +33,8 @@ COMMANDS = [(where, one(line.split("#")[0].strip().split("python ")[-1]))
 
 def imbalance_runs() -> dict[str, list]:
     runs = common.finished_runs(ROOT / "results/published/imbalance_study/mnist")
-    return {m: [r for r in runs if imbalance_study.label(r["config"]) == m]
+    return {m: [r for r in runs if imbalance_study.label(r["config"]) == m
+                and imbalance_study.rare(r["config"]) == "digit9_2pct"]
             for m in ["vae", "ae", "ga-ae λ=0", "ga-ae"]}
 
 
