@@ -228,9 +228,9 @@ def kl_nats(mu: Tensor, logvar: Tensor) -> Tensor:
 
 
 def mixup(z: Tensor, eta: float = 0.2) -> Tensor:
-    """Codes on the lines through pairs of a shuffled batch, a little beyond both ends; (B, d)."""
+    """Codes on the lines through those half a batch apart, a little beyond both ends; (B, d)."""
     a = torch.rand(len(z), 1, device=z.device) * (1 + 2 * eta) - eta
-    return a * z + (1 - a) * z.roll(1, 0)
+    return a * z + (1 - a) * z.roll(len(z) // 2, 0)
 
 
 def distortion(decode, z: Tensor) -> Tensor:
@@ -252,10 +252,10 @@ def distortion(decode, z: Tensor) -> Tensor:
 def objective(model: Autoencoder, x: Tensor, config: dict, times: int = 1) -> Tensor:
     """(total, reconstruction, code term, distortion) of a batch, (4,); the first three are nats.
 
-    The distortion is taken on a quarter of the batch and counts `times` over: training takes it
-    four times at every fourth step and not between, so that an epoch of the GA-AE costs a third
-    more than one of the AE ("lazy regularization", Karras et al. 2020, arXiv:1912.04958). A batch
-    of fewer than 8 images is taken whole.
+    The distortion is taken on every fourth image, of few on eight at least, and counts `times`
+    over: training takes it four times at every fourth step and not between, so that an epoch of the
+    GA-AE costs a third more than one of the AE ("lazy regularization", Karras et al. 2020,
+    arXiv:1912.04958).
     """
     encoder, decoder = map(common.mixed_precision, [model.encoder, model.decoder])
     mu, logvar = model.halves(encoder(x))
@@ -267,8 +267,8 @@ def objective(model: Autoencoder, x: Tensor, config: dict, times: int = 1) -> Te
     elif config["model"] == "ga-ae":
         code = config["code_penalty"] * 0.5 * z.square().sum(1).mean()
         if config["geometry"] > 0 and times:
-            part = max(len(x) // 4, min(len(x), 8))
-            bent = times * distortion(model.decode, mixup(z[:part]))
+            every = max(1, min(4, len(x) // 8))  # not the first ones: a split's rare ones
+            bent = times * distortion(model.decode, mixup(z[::every]))
     total = reconstruction + code + config.get("geometry", 0) * bent
     return torch.stack([total, reconstruction, code, bent])
 
