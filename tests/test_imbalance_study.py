@@ -435,7 +435,7 @@ def test_a_verdict_that_noise_decides_is_called_so(lifts, half, noise):
         "rare": {"coverage": 0.9}, "rare_real": {"coverage": 0.9}}}, "fid_floor": 0.1}}
         for v in lifts]
     assert study.within_noise("calibrated lift", lifts, runs) == noise
-    row = study.criteria_table({"ae": runs}).splitlines()[2].split("|")
+    row = study.criteria_table({"ae": runs}, {}).splitlines()[2].split("|")
     assert "met" in row[2] and ("within noise" in row[2]) == noise
     assert "within noise" not in "".join(row[3:])  # the others are the same for all seeds
 
@@ -457,7 +457,7 @@ def test_differences_are_paired_by_seed_and_the_answer_names_them():
                            "ga-ae, pullback against ga-ae, local"]
     d = found["ga-ae, local against ga-ae λ=0, local"]["lift's distance from 1"]
     assert d.mean == pytest.approx(-0.2) and d.sign == -1 and d.n == 3
-    text = study.answer({"rare_digit": 9, "rare_ratio": 0.02, "train_size": 9, "epochs": 1}, models)
+    text = study.answer("Digit 9", models)
     assert ("ga-ae, local against ga-ae λ=0, local (n=3): better lift's distance from 1 (−0.200, "
             "−0.200 to −0.200).") in text
     assert "ga-ae, pullback against ga-ae, local (n=3): better rare coverage (+0.100" in text
@@ -465,6 +465,22 @@ def test_differences_are_paired_by_seed_and_the_answer_names_them():
     table = study.comparison_table(models)
     assert "| ga-ae, local against ga-ae λ=0, local | 3 | **−0.200** (−0.200 to −0.200)" in table
     assert study.comparison_table({"vae": models["ga-ae λ=0"]}) == ""
+    models["ga-ae"][0]["config"]["code_penalty"] = 1  # then they differ in more than λ
+    assert list(dict(study.comparisons(models))) == ["ga-ae, pullback against ga-ae, local"]
+
+
+@pytest.mark.parametrize(("lift", "n", "said"), [
+    (1.0, 3, "ga-ae keeps the rare class;"), (1.1, 3, "no model keeps the rare class, undecided: "
+     "ga-ae (calibrated lift within noise);"), (1.3, 3, "no model keeps the rare class;"),
+    (1.0, 1, "ga-ae keeps the rare class (n=1: no conclusion).")])
+def test_the_verdict_follows_the_numbers(lift, n, said):
+    models = {"ga-ae": [{"config": {"seed": seed, "model": "ga-ae"}, "metrics": {
+        "samplers": {"local": {
+            "calibrated_lift": lift + 0.01 * seed, "clear_lift": 1.0, "fid": 0.1, "copying": 0.8,
+            "rare": {"coverage": 1.0}, "rare_real": {"coverage": 1.0}, "rare_lift": 1.0,
+            "calibrated_lift_low": lift - 0.05, "calibrated_lift_high": lift + 0.05,
+            "calibrated_lift_confusion": 0.02}}, "fid_floor": 0.1}} for seed in range(n)]}
+    assert said in study.answer("Digit 9", models)
 
 
 def test_a_process_from_another_folder_and_an_unwritable_one(tmp_path):
