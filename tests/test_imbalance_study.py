@@ -330,7 +330,7 @@ def test_one_latent_dimension_and_a_common_rare_class(tmp_path):
     grid = study.main([*argv, "--rare-digit", "9", "3", "3", "--rare-ratio", "0.1", "0.2"])
     assert len(grid) == 4  # in the same report
     text = (tmp_path / "imbalance_study/glyphs/report.md").read_text()
-    for words in ["## Digit 9 at 50 %", "| ae, digit 3 |", "## By digit, at 10 %",
+    for words in ["## Digit 9 at 50 %", "| ae, digit 3, local |", "## By digit, at 10 %",
                   "## By digit, at 20 %", "## By ratio, digit 9", "## By ratio, digit 3"]:
         assert words in text
     assert "## By digit, at 50 %" not in text
