@@ -565,7 +565,8 @@ def class_share(probs: Tensor, held_out_probs: Tensor, held_out_y: Tensor,
     With C[t, c] = P(says c | is t), the counted shares q obey q = pi C: pi is solved for (Rogan and
     Gladen 1978, ten classes at once), clipped to [0, 1]. The 95 % interval covers both counts: it
     is the range of pi under Dirichlet posteriors of q and of C's rows (one pseudo-count each,
-    spread evenly). Returns arrays (10,): "counted" (arg-max), "share", "low", "high". It corrects
+    spread evenly). Returns arrays (10,): "counted" (arg-max), "share", "low", "high", and
+    "confusion", 1.96 standard deviations by the confusion's count alone. It corrects
     for images like the real ones; blends that no real image resembles are beyond it. Raises
     ValueError for no images, or if a class is missing from the labelled ones.
     """
@@ -581,7 +582,7 @@ def class_share(probs: Tensor, held_out_probs: Tensor, held_out_y: Tensor,
     low, high = np.quantile(solve(rng.dirichlet(said + 0.1, draws), rows), [0.025, 0.975], axis=0)
     return {"counted": counted, "share": solve(counted, confusion / confusion.sum(1,
                                                                                   keepdims=True)),
-            "low": low, "high": high}
+            "low": low, "high": high, "confusion": 1.96 * solve(counted[None], rows).std(0)}
 
 
 def nearest(x: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,10 +1,11 @@
 """What does an encoder lose against optimising the latents of every image by themselves?
 
-Two models share one decoder and its first weights. The amortised VAE has a convolutional encoder;
-latent optimisation gives each training image a free Gaussian over codes, which is fitted together
-with the decoder. On test images both codes and encoder are compared under the same decoder: the gap
-between the encoder's bound, the best Gaussian's bound and log p(x), which importance sampling
-around each image's own optimum estimates. A classifier is the supervised baseline.
+Two models have decoders of one kind and the same first weights, each trained with its own codes.
+The amortised VAE has a convolutional encoder; latent optimisation gives each training image a free
+Gaussian over codes, which is fitted together with the decoder. On test images, under each model's
+own decoder: the gap between the bound of its start (the encoder's, or that of PCA), the best
+Gaussian's bound and log p(x), which importance sampling around each image's own optimum estimates.
+A classifier is the supervised baseline.
 
     python latent_opt.py                      # both models, the baseline, gaps, log-probabilities
     python latent_opt.py --seeds 0 1 2

@@ -23,7 +23,7 @@ Differences from the papers and the two source projects:
  2. No weight decay, torch's initialisation (Kingma and Welling: N(0, 0.01), a prior on weights).
  3. Every number says whether the pixels were binarised. The sources do not say.
  4. 5,000 of the 60,000 training images are for validation, and test images are scored once.
- 5. Training passes are in bfloat16 on CPUs with instructions for it.
+ 5. Training passes are in bfloat16 on CPUs with instructions for it; those above in float32.
 
 References: Kingma and Welling 2014, arXiv:1312.6114; Burda et al. 2016, arXiv:1509.00519 (IWAE,
 active units, the 2 x 200 net); Khan et al. 2018, arXiv:1806.04854 (the curvature of the proposal);

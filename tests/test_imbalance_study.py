@@ -133,6 +133,18 @@ def test_samplers_recover_the_weight_of_a_small_cluster(mixture, sampler):
     assert codes[codes.mean(1) < 5].std(0).mean().item() == pytest.approx(1, abs=0.1)
 
 
+def test_local_sources_are_evenly_spaced_and_shared(mixture):
+    for n, size, first in [(20_000, 50_000, 1000), (7, 3, 1), (500, 500, 20)]:
+        at = study.evenly(n, size, torch.Generator().manual_seed(0))
+        assert len(at) == n and at.min() >= 0 and at.max() < size
+        assert abs((at < first).sum().item() - n * first / size) < 1  # the rare ones come first
+        assert at.bincount().max() <= -(-n // size)
+        assert n < 10 or not torch.equal(at, at.sort().values)
+    same = study.draw_codes("pullback", 300, mixture, 0, lambda z: z)  # nothing is bent
+    assert torch.equal(same, study.draw_codes("local", 300, mixture, 0))
+    assert not torch.equal(same, study.draw_codes("local", 300, mixture, 1))
+
+
 def test_gaussian_and_prior_samplers_have_the_right_moments(mixture):
     codes = study.draw_codes("gaussian", 50_000, mixture, seed=0)
     assert torch.allclose(torch.cov(codes.T), torch.cov(mixture.T), atol=0.08)
@@ -318,7 +330,7 @@ def test_one_latent_dimension_and_a_common_rare_class(tmp_path):
     grid = study.main([*argv, "--rare-digit", "9", "3", "3", "--rare-ratio", "0.1", "0.2"])
     assert len(grid) == 4  # in the same report
     text = (tmp_path / "imbalance_study/glyphs/report.md").read_text()
-    for words in ["## Digit 9 at 50 %", "## Digit 3 at 20 %", "## By digit, at 10 %",
+    for words in ["## Digit 9 at 50 %", "| ae, digit 3, local |", "## By digit, at 10 %",
                   "## By digit, at 20 %", "## By ratio, digit 9", "## By ratio, digit 3"]:
         assert words in text
     assert "## By digit, at 50 %" not in text
@@ -340,6 +352,13 @@ def test_additions_make_the_classes_equal_and_look_like_their_class(arm):
     assert more.shape[1:] == (1, 28, 28)
     assert torch.allclose(more[:, 0, 14, 14], labels / 10, atol=0.03)
     assert study.additions("none", x, y, None, None, 0)[0].shape == (0, 1, 28, 28)
+    near = z - 4.9 * y[:, None]  # classes that lie in each other: neighbours are still their own
+    seen = []
+    study.additions("local", x, y, near, lambda codes: (seen.append(codes), decode(codes))[1], 0)
+    other = near.clone()
+    other[y != 2] += 100
+    study.additions("local", x, y, other, lambda codes: (seen.append(codes), decode(codes))[1], 0)
+    assert torch.equal(*[codes[labels == 2] for codes in seen])
 
 
 def test_downstream_uses_the_imbalanced_images_alone_and_is_resumed(tmp_path, monkeypatch):
@@ -406,18 +425,62 @@ def test_the_downstream_answer_follows_the_numbers(tmp_path, gain):
 
 @pytest.mark.parametrize(("lifts", "half", "noise"), [
     ([1.04, 1.05, 1.06], 0.01, False), ([1.0, 1.05, 1.1], 0.01, True),  # of the seeds
-    ([1.04, 1.05, 1.06], 0.06, False), ([1.04, 1.05, 1.06], 0.1, True),  # of three runs
+    ([1.04, 1.05, 1.06], 0.06, False), ([1.04, 1.05, 1.06], 0.1, True),  # of the confusion too
     ([1.05], 0.06, True), ([1.05], 0.01, False)])  # of one
 def test_a_verdict_that_noise_decides_is_called_so(lifts, half, noise):
     runs = [{"metrics": {"samplers": {"local": {
         "calibrated_lift": v, "calibrated_lift_low": v - half, "calibrated_lift_high": v + half,
+        "calibrated_lift_confusion": half / 2,
         "fid": 0.1, "copying": 0.8, "clear_lift": 1.0,
         "rare": {"coverage": 0.9}, "rare_real": {"coverage": 0.9}}}, "fid_floor": 0.1}}
         for v in lifts]
     assert study.within_noise("calibrated lift", lifts, runs) == noise
-    row = study.criteria_table({"ae": runs}).splitlines()[2].split("|")
+    row = study.criteria_table({"ae": runs}, {}).splitlines()[2].split("|")
     assert "met" in row[2] and ("within noise" in row[2]) == noise
     assert "within noise" not in "".join(row[3:])  # the others are the same for all seeds
+
+
+def test_differences_are_paired_by_seed_and_the_answer_names_them():
+    def runs(lift, coverage, samplers):
+        scores = lambda seed, more: {
+            "calibrated_lift": lift + 0.01 * seed, "clear_lift": 1.0, "fid": 0.2 + more,
+            "rare": {"coverage": coverage + more + 0.001 * seed, "kid": 0.1},
+            "rare_real": {"coverage": 1.0}, "copying": 0.8, "rare_lift": 1.0,
+            "calibrated_lift_low": 1, "calibrated_lift_high": 1.2, "calibrated_lift_confusion": 0.1}
+        return [{"config": {"seed": seed, "model": "ga-ae"}, "metrics": {
+            "samplers": {s: scores(seed, 0.1 * i) for i, s in enumerate(samplers)},
+            "fid_floor": 0.1}} for seed in range(3)]
+    models = {"ga-ae λ=0": runs(1.3, 0.7, ["local"]),
+              "ga-ae": runs(1.1, 0.7, ["local", "pullback"])}
+    found = dict(study.comparisons(models))
+    assert list(found) == ["ga-ae, local against ga-ae λ=0, local",
+                           "ga-ae, pullback against ga-ae, local"]
+    d = found["ga-ae, local against ga-ae λ=0, local"]["lift's distance from 1"]
+    assert d.mean == pytest.approx(-0.2) and d.sign == -1 and d.n == 3
+    text = study.answer("Digit 9", models)
+    assert ("ga-ae, local against ga-ae λ=0, local (n=3): better lift's distance from 1 (−0.200, "
+            "−0.200 to −0.200).") in text
+    assert "ga-ae, pullback against ga-ae, local (n=3): better rare coverage (+0.100" in text
+    assert "; worse FID (+0.100" in text
+    table = study.comparison_table(models)
+    assert "| ga-ae, local against ga-ae λ=0, local | 3 | **−0.200** (−0.200 to −0.200)" in table
+    assert study.comparison_table({"vae": models["ga-ae λ=0"]}) == ""
+    models["ga-ae"][0]["config"]["code_penalty"] = 1  # then they differ in more than λ
+    assert list(dict(study.comparisons(models))) == ["ga-ae, pullback against ga-ae, local"]
+
+
+@pytest.mark.parametrize(("lift", "n", "said"), [
+    (1.0, 3, "ga-ae keeps the rare class;"), (1.1, 3, "no model keeps the rare class, undecided: "
+     "ga-ae (calibrated lift within noise);"), (1.3, 3, "no model keeps the rare class;"),
+    (1.0, 1, "ga-ae keeps the rare class (n=1: no conclusion).")])
+def test_the_verdict_follows_the_numbers(lift, n, said):
+    models = {"ga-ae": [{"config": {"seed": seed, "model": "ga-ae"}, "metrics": {
+        "samplers": {"local": {
+            "calibrated_lift": lift + 0.01 * seed, "clear_lift": 1.0, "fid": 0.1, "copying": 0.8,
+            "rare": {"coverage": 1.0}, "rare_real": {"coverage": 1.0}, "rare_lift": 1.0,
+            "calibrated_lift_low": lift - 0.05, "calibrated_lift_high": lift + 0.05,
+            "calibrated_lift_confusion": 0.02}}, "fid_floor": 0.1}} for seed in range(n)]}
+    assert said in study.answer("Digit 9", models)
 
 
 def test_a_process_from_another_folder_and_an_unwritable_one(tmp_path):

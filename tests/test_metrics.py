@@ -153,8 +153,8 @@ def judge(data, classifier):
 
 
 def planted(data, judge, share):
-    """Real test images of the half that did not measure the confusion, with this share of nines."""
-    rest = np.setdiff1d(np.arange(10_000), judge.held_out.numpy())
+    """Real test images of the half that is no reference, with this share of nines."""
+    rest = judge.halves[1].numpy()
     nine = data.y_test.numpy()[rest] == 9
     nines, others = rest[nine], rest[~nine]
     if share == 1:
@@ -170,6 +170,30 @@ def test_the_lift_of_planted_sets_of_real_images(data, judge, share, lift):
     assert found["calibrated_lift"] == pytest.approx(lift, abs=0.15 + 0.02 * lift)
     assert found["rare_lift"] == pytest.approx(lift, abs=0.2 + 0.02 * lift)
     assert found["clear_lift"] == pytest.approx(lift, abs=0.2 + 0.02 * lift)
+
+
+def test_real_images_score_what_they_should(judge):
+    for real in judge.real:  # each by the confusion of the other
+        assert real["calibrated_lift_low"] < 1 < real["calibrated_lift_high"]
+        assert real["calibrated_lift"] == pytest.approx(1, abs=0.15)
+        assert real["clear_lift"] == pytest.approx(1, abs=0.05)
+        assert real["total_variation"] < 0.03
+    assert 0 < judge.false_share < 0.05  # of a common digit's images hardly any is called rare
+
+
+def test_as_many_real_images_hold_as_many_false_ones(data, classifier):
+    config = {"rare_digit": 4, "rare_ratio": 0.002, "train_size": 50_000, "seed": 0}
+    judge = study.Judge(data, study.split(data, config), config, classifier, 20_000)
+    false = round(50 * judge.false_share)
+    if data.name == "glyphs":
+        pytest.skip("the classifier never takes one glyph for another")
+    four = data.y_test == 4
+    called = classifier.look(data.x_test)[1].argmax(1) == 4
+    fours = judge.halves[1][(four & called)[judge.halves[1]]][:50 - false]
+    others = (~four & called).nonzero()[:, 0]
+    x = data.x_test[torch.cat([fours, others[torch.arange(false) % len(others)]])]
+    found = judge.score(torch.cat([x, data.x_test[~four & ~called]]))[0]
+    assert found["rare"]["coverage"] == pytest.approx(found["rare_real"]["coverage"], rel=0.1)
 
 
 def test_recall_and_lift_obey_the_sources_definitions(data, judge):
