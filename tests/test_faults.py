@@ -32,7 +32,7 @@ import vae_mnist
 SMALL = ["--dataset", "glyphs", "--train-size", "200", "--epochs", "2", "--device", "cpu"]
 SMOKE = {
     "vae_mnist": [*SMALL, "--hidden", "16", "--latent-dim", "2", "--likelihood-images", "4"],
-    "imbalance_study": [*SMALL, "--model", "ae", "--samples", "500", "--sampler", "prior",
+    "imbalance_study": [*SMALL, "--model", "ae", "--samples", "2000", "--sampler", "prior",
                         "--rare-ratio", "0.1"],
     "latent_opt": [*SMALL, "--test-images", "20", "--codes", "50", "--latent-dim", "8"],
     "gan_vs_vae": [*SMALL, "--model", "gan", "--loss", "hinge", "--z-dim", "4", "--samples", "300"]}
