@@ -1176,9 +1176,8 @@ def quality_table(models: dict, head: dict) -> str:
         "\n\nSamples called rare against half of the real rare test images, beside what as many "
         "real images called rare score: of the other half, with as many false ones, from all test "
         "images, as a faithful generator would have (coverage grows with their number; the mean of "
-        "twenty draws). "
-        "Copying is the mean distance to the nearest training image over that of test images: 1 is "
-        "as new as a test image, 0 a copy.")
+        "twenty draws). Copying is the mean distance to the nearest training image over that of "
+        "test images: 1 is as new as a test image, 0 a copy.")
 
 
 def criteria_table(models: dict, own: dict) -> str:

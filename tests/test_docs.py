@@ -145,7 +145,8 @@ def summary_table() -> str:
     add("VAE", "−ELBO, 20 dimensions, 500 units, binarised, default rate (nats)",
         show(kingma, "negative_elbo"), len(kingma), "–", "≈ 100, protocol not stated")
     add("VAE", "validation loss, 64 dimensions, 500 units, grey (nats)",
-        show(grey, "validation", "loss"), len(grey), show(grey[:1], "pixel_entropy"), "100.35")
+        show(grey, "validation", "loss"), len(grey),
+        f"{show(grey[:1], 'pixel_entropy')}, of test images", "100.35")
     for dataset, source in gan_vs_vae.SOURCE.items():
         for model, figure in zip(["gan", "vae"], source, strict=True):
             if best := gan_vs_vae.best_of(gan_groups(), dataset, model):

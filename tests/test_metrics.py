@@ -182,11 +182,12 @@ def test_real_images_score_what_they_should(judge):
 
 
 def test_as_many_real_images_hold_as_many_false_ones(data, classifier):
+    if data.name == "glyphs":
+        pytest.skip("the classifier never takes one glyph for another")
     config = {"rare_digit": 4, "rare_ratio": 0.002, "train_size": 50_000, "seed": 0}
     judge = study.Judge(data, study.split(data, config), config, classifier, 20_000)
     false = round(50 * judge.false_share)
-    if data.name == "glyphs":
-        pytest.skip("the classifier never takes one glyph for another")
+    assert false >= 3
     four = data.y_test == 4
     called = classifier.look(data.x_test)[1].argmax(1) == 4
     fours = judge.halves[1][(four & called)[judge.halves[1]]][:50 - false]
