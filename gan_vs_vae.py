@@ -23,11 +23,11 @@ Differences from the source lab:
  3. The hybrid is built and measured. Mode collapse is decided by thresholds, not by looking.
  4. Training passes of the convolutional nets are in bfloat16 on CPUs with instructions for it.
  5. Beyond the twelve, one tuned GAN per dataset: five times the rate, decaying linearly, three
-    times the epochs, and a moving average of G's weights.
+    times the epochs, a moving average of G's weights, and shifted images for D.
 
 References: Goodfellow et al. 2014, arXiv:1406.2661; Lim and Ye 2017, arXiv:1705.02894 (hinge);
 Radford et al. 2016, arXiv:1511.06434 (DCGAN); Kingma and Welling 2014, arXiv:1312.6114; Miyato et
-al. 2018, arXiv:1802.05957 (spectral normalisation).
+al. 2018, arXiv:1802.05957 (spectral normalisation); Zhao et al. 2020, arXiv:2006.10738 (shifts).
 """
 
 import copy
@@ -55,6 +55,7 @@ FROZEN = 0.1  # weight of its discriminator of images beside that of codes while
 CODE_RATE = 5  # its two networks of codes learn so many times as fast as the others
 SLACK = 1.05  # a hybrid may lose 5 % of its VAE's reconstruction on validation images
 TUNED = {"loss": "hinge", "z_dim": 32}
+TUNED_SHIFT = 3  # pixels by which its discriminator's images are moved
 SOURCE = {"mnist": (0.03, 0.25), "fashion-mnist": (0.06, 0.78)}  # its best GAN's and VAE's FID
 FACTORS = ["loss", "z_dim", "dataset"]  # of the twelve
 # a run is called collapsed if any of these fails; fixed before the runs
@@ -241,8 +242,19 @@ def step_of(optimizer: torch.optim.Optimizer, loss: Tensor) -> Tensor:
     return norm
 
 
+def shifted(x: Tensor, by: int) -> Tensor:
+    """Images (B, 1, H, W), each moved by its own up to `by` pixels either way, zeros coming in."""
+    (n, _, *size), pad = x.shape, F.pad(x, (by,) * 4)
+    rows, columns = (torch.randint(2 * by + 1, (n, 1), device=x.device)
+                     + torch.arange(length, device=x.device) for length in size)
+    each = torch.arange(n, device=x.device)[:, None, None]
+    return pad[each, :, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
+
+
 class Gan:
-    """A generator and a discriminator that take turns."""
+    """A generator and a discriminator that take turns. Tuned, D sees every image shifted (else it
+    learns the training images by heart), and samples are those of a moving average of G.
+    """
 
     names = ("d_loss", "g_loss", "d_gradient", "g_gradient", "accuracy_real", "accuracy_fake")
 
@@ -261,16 +273,19 @@ class Gan:
     def step(self, x: Tensor, stage: int) -> Tensor:
         """A step of D, then one of G with fresh noise; (6,) as `names`."""
         noise = lambda: torch.randn(len(x), self.z_dim, device=x.device)
+        judged = lambda x: self.D(shifted(x, TUNED_SHIFT) if self.average else x)
         fake = self.G(noise()).detach()  # D's step must not reach G
-        real_logits, fake_logits = self.D(x), self.D(fake)
+        real_logits, fake_logits = judged(x), judged(fake)
         loss_d = d_loss(self.loss, real_logits, fake_logits)
         d_norm = step_of(self.optimizers["optimizer_D"], loss_d)
-        loss_g = g_loss(self.loss, self.D(self.G(noise())))
+        loss_g = g_loss(self.loss, judged(self.G(noise())))
         g_norm = step_of(self.optimizers["optimizer_G"], loss_g)
         if self.average:  # BatchNorm's statistics too, not its step counts
             own, new = ([v for v in m.state_dict().values() if v.is_floating_point()]
                         for m in (self.average, self.G))
-            torch._foreach_lerp_(own, new, 1 - 0.999)
+            n = self.G.trunk[1].num_batches_tracked  # of the first steps over fewer
+            for value, update in zip(own, new, strict=True):
+                value.lerp_(update, (20 / (20 + n)).clamp(min=1 - 0.999))
         return torch.stack([loss_d, loss_g, d_norm, g_norm, (real_logits > 0).float().mean(),
                             (fake_logits < 0).float().mean()]).detach()
 
@@ -628,7 +643,7 @@ def report(base: Path) -> str:
              f"{of('gan')} GANs, {of('tuned-gan')} tuned GANs, {of('vae')} VAEs, {of('vae-gan')} "
              f"hybrids; {sum(map(len, groups.values()))} runs. Every measured image is made in "
              "eval mode, by the raw weights of the best epoch; in the tuned GANs alone by their "
-             "moving average, in which the first, untrained weights fade over a few epochs. "
+             "moving average. "
              "Nets, rates and weights of losses were chosen by the FID of validation images, of "
              f"seed 100. A hybrid's networks of codes learn at {CODE_RATE} times the rate given."]
     if begun := without_result(base):

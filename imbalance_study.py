@@ -821,26 +821,29 @@ def report(root: Path) -> str:
             for other in cells)
 
     whole = [key for key in cells if not in_a_grid(key)] or list(cells)
-    answers, lines, stems = [], [], []  # the last of the cells' pictures
-    for key in sorted(cells, key=str):
-        models = in_order(cells[key])
-        if key not in whole:
-            if more := downstream_section(root, models):
-                lines += [f"## {title(key)}", *more]
-            continue
-        stem = rare(dict(key))
-        stems.append(stem)
-        again = stems.count(stem)
-        answers.append(answer(title(key), models))
-        lines += [f"## {title(key)}",
-                  *section(root, models, f"{stem}_{again}" if again > 1 else stem)]
+    main = max(whole, key=lambda key: sum(map(len, cells[key].values())))  # the one with pictures
     grids = [across(root, cells, axis) for axis in ["rare_digit", "rare_ratio"]]
-    parts = [f"# The imbalance study on {dataset}\n\nDoes a generative model keep a rare class, "
-             "and does the geometry of its latent space matter?",
-             *[said for said, _ in grids], *answers, *[line for _, more in grids for line in more],
-             *lines]
-    parts.append(common.how_made(common.by_configuration(runs, variant)))
-    text = "\n\n".join(part for part in parts if part) + "\n"
+    answers, lines = [], [line for _, more in grids for line in more]
+    for key in sorted(cells, key=lambda key: (key != main, str(key))):
+        models = in_order(cells[key])
+        helps, more = downstream_section(root, models)
+        if key in whole:
+            answers.append(answer(title(key), models, key == main))
+            more = [*tables(models), *more]
+        if key == main:
+            more += pictures(root, models, rare(dict(key)))
+        answers += [f"**{title(key)}: does adding generated images help a classifier?** {helps}"
+                    ] * bool(helps)
+        at = 0 if key == main else len(lines)  # the reader meets every caption in the first section
+        lines[at:at] = [f"## {title(key)}", *more] if more else []
+    text = "\n\n".join([
+        f"# The imbalance study on {dataset}",
+        "Does a generative model keep a rare class, and does the geometry of its latent space "
+        "matter?", *answers, *[said for said, _ in grids], *lines,
+        common.how_made(common.by_configuration(runs, variant))]).split("\n\n")
+    # tables and pictures stand where they are, a caption under the first of its kind
+    text = "\n\n".join(part for i, part in enumerate(text)
+                       if part and (part[0] in "#|" or part not in text[:i])) + "\n"
     common.save_text(root / "report.md", text)
     return text
 
@@ -894,8 +897,10 @@ def across(root: Path, cells: dict, axis: str) -> tuple[str, list[str]]:
     return "\n\n".join(answers), lines
 
 
-def downstream_section(root: Path, models: dict[str, list]) -> list[str]:
-    """Whether a classifier gains by images of the models, paired with the alternatives by seed."""
+def downstream_section(root: Path, models: dict[str, list]) -> tuple[str, list[str]]:
+    """Whether a classifier gains by images of the models, paired with the alternatives by seed: the
+    answer and its paragraphs, empty without results.
+    """
     arms: dict[str, dict] = {}  # name -> seed -> metrics
     for m, runs in models.items():
         for run in runs:
@@ -909,7 +914,7 @@ def downstream_section(root: Path, models: dict[str, list]) -> list[str]:
     baselines = [name for name in BASELINES.values() if name in arms]
     generated = [name for name in arms if name not in baselines]
     if not generated:
-        return []
+        return "", []
     of = lambda name, key: {s: 100 * metrics[key] for s, metrics in arms[name].items()}
     rows = [[name, len(arms[name]), *[common.mean_std(list(of(name, key).values()))
                                       for key in DOWNSTREAM]] for name in baselines + generated]
@@ -926,7 +931,8 @@ def downstream_section(root: Path, models: dict[str, list]) -> list[str]:
     verdict = (f"{'; '.join(better)}: better {against}, each interval excluding zero" if better
                else f"No model's images are shown to be better {against}")
     steps = sorted({metrics["steps"] for found in arms.values() for metrics in found.values()})
-    return ["### Does adding generated images help a classifier?", f"**Answer.** {verdict}.",
+    return f"{verdict}.", [
+            "### Does adding generated images help a classifier?", f"{verdict}.",
             common.table(["added", "n", *[f"{title} (%)" for title in DOWNSTREAM.values()]], rows),
             "Differences in points, paired by seed:",
             common.table(["", *[f"against {b}" for b in baselines]], differences),
@@ -972,13 +978,18 @@ def heads(models: dict[str, list]) -> dict[str, str]:
     return {m: s for m, s in own.items() if values(models[m], s, "rare_lift")}
 
 
-def section(root: Path, models: dict[str, list], stem: str) -> list[str]:
-    """The report on one rare class: tables, why arg-max misleads, ablation, pictures."""
+def tables(models: dict[str, list]) -> list[str]:
+    """The numbers on one rare class."""
     head, differences = heads(models), comparison_table(models)
-    lines = [lift_table(models, head), quality_table(models, head),
-             "### Criteria", criteria_table(models, head),
-             *(["### Differences", differences] if differences else []), temperature_table(models),
-             geometry_table(models)]
+    return [lift_table(models, head), quality_table(models, head),
+            "### Criteria", criteria_table(models, head),
+            *(["### Differences", differences] if differences else []), temperature_table(models),
+            geometry_table(models)]
+
+
+def pictures(root: Path, models: dict[str, list], stem: str) -> list[str]:
+    """Why arg-max misleads, the ablation, samples of every model."""
+    head, lines = heads(models), []
     shown = {m: models[m][0]["folder"].as_posix() for m in head}
     picture = lambda m, name: f"![{m}: {name}]({shown[m]}/{name})" if (
         root / shown[m] / name).exists() else ""
@@ -1002,7 +1013,6 @@ def section(root: Path, models: dict[str, list], stem: str) -> list[str]:
     if head:
         lift_figure(root / f"{stem}_lift.png", models, head)
         lines.append(f"![Lift with 95 % intervals]({stem}_lift.png)")
-    lines += downstream_section(root, models)
     lines += ["### The ablation",
               f"![Every model with every sampler]({stem}_ablation.png)",
               "Rows differ in the model, columns in the sampler alone. AE + local and λ = 0 + "
@@ -1021,13 +1031,15 @@ def section(root: Path, models: dict[str, list], stem: str) -> list[str]:
     return lines
 
 
-def answer(title: str, models: dict) -> str:
-    """The question answered in a sentence per model, and what sampler and geometry change."""
+def answer(title: str, models: dict, whole: bool = True) -> str:
+    """The question answered: which models keep the rare class and, if wanted whole, the numbers of
+    each, and what sampler and geometry change.
+    """
     head = heads(models)
     show = lambda m, s, key: common.mean_std(values(models[m], s, key))
-    said = [f"{m} with {s} codes: calibrated lift {show(m, s, 'calibrated_lift')}, clear lift "
+    said = [f"- {m} with {s} codes: calibrated lift {show(m, s, 'calibrated_lift')}, clear lift "
             f"{show(m, s, 'clear_lift')}, {show(m, s, 'coverage_ratio')} of the "
-            f"coverage of real images (n={len(models[m])})" for m, s in head.items()]
+            f"coverage of real images (n={len(models[m])})." for m, s in head.items()]
 
     def verdict(of: dict) -> str:
         """Which models keep the rare class, and of which noise alone may say that they do not."""
@@ -1047,15 +1059,15 @@ def answer(title: str, models: dict) -> str:
         return text + f", undecided: {' and '.join(open_)}" * bool(open_)
     few = " (n=1: no conclusion)" * (max(map(len, models.values())) == 1)
     text = (f"With its own sampler and by the criteria below, {verdict(head)}; with local codes "
-            f"{verdict(dict.fromkeys(models, 'local'))}{few}. " + "; ".join(said) + "."
+            f"{verdict(dict.fromkeys(models, 'local'))}{few}."
             if head else "No model with its own sampler yet.")
-    for what, found in comparisons(models):
+    for what, found in comparisons(models) if whole else []:
         outcome = [f"{word} {', '.join(names)}" for word, sign in [("better", 1), ("worse", -1)]
                    if (names := [f"{name} ({d.signed(d.mean)}, {d.interval()})" for name, d in
                                  found.items() if d.sign * COMPARED[name][2] == sign])]
-        text += (f" {what} (n={max(d.n for d in found.values())}): "
-                 f"{'; '.join(outcome) or 'nothing that can be told from noise'}.")
-    return f"**{title}.** {text}"
+        said.append(f"- {what} (n={max(d.n for d in found.values())}): "
+                    f"{'; '.join(outcome) or 'nothing that can be told from noise'}.")
+    return "\n".join([f"**{title}.** {text}", *(["", *said] if whole else [])])
 
 
 def comparisons(models: dict) -> list[tuple[str, dict]]:
@@ -1117,9 +1129,11 @@ def lift_table(models: dict, head: dict) -> str:
     first = next(iter(models.values()))[0]["metrics"]
     rows = [["real test images, half of them", "", "", f"{real['rare_lift']:.2f}", "",
              f"{real['calibrated_lift']:.2f}", f"{real['calibrated_lift_low']:.2f}–"
-             f"{real['calibrated_lift_high']:.2f}", f"{real['clear_lift']:.2f}", "", "1",
+             f"{real['calibrated_lift_high']:.2f}", f"{real['clear_lift']:.2f}", "", "",
              f"{real['total_variation']:.3f}"] for real in first["real"]]
     floors = {r["config"]["seed"]: r["metrics"]["fid_floor"] for rs in models.values() for r in rs}
+    rows.append(["real training images (the floor)", len(floors), *[""] * 6,
+                 common.mean_std(list(floors.values()), 3), "1", ""])
     for m, runs in models.items():
         for s in SAMPLERS:
             if values(runs, s, "rare_lift"):
@@ -1145,10 +1159,9 @@ def lift_table(models: dict, head: dict) -> str:
         "the first 2,000 over the number of rare test images. Real test images: each half, thinned "
         "to the training proportions, by the confusion of the other. FID is in the features of the "
         f"metric classifier (test accuracy {100 * first['classifier']['accuracy']:.2f} %), not "
-        "Inception's, against test images thinned to the training proportions; its floor, as many "
-        "training images (all, if they are fewer) against the same, is "
-        f"{common.mean_std(list(floors.values()), 3)} (n={len(floors)}). The class histogram's "
-        "total variation is from the training proportions.")
+        "Inception's, against test images thinned to the training proportions; its floor is that "
+        "of as many training images (all, if they are fewer). The class histogram's total "
+        "variation is from the training proportions.")
 
 
 def quality_table(models: dict, head: dict) -> str:

@@ -99,13 +99,32 @@ def test_the_elbo_against_torch_distributions():
     assert loss == pytest.approx(reconstruction + kl)
 
 
-def test_the_moving_average_moves():
+@pytest.mark.parametrize(("steps", "weight"), [(0, 20 / 22), (10**6, 0.001)])
+def test_the_moving_average_moves_first_by_much_then_by_a_thousandth(steps, weight):
     gan = study.Gan(settings("tuned-gan"), torch.device("cpu"))
+    gan.G.trunk[1].num_batches_tracked += 2 * steps
     old = gan.average.first.weight.clone()
     gan.step(torch.rand(16, 1, 28, 28), 0)
-    want = 0.999 * old + 0.001 * gan.G.first.weight
+    want = (1 - weight) * old + weight * gan.G.first.weight
     assert torch.allclose(gan.average.first.weight, want, atol=1e-7)
     assert not torch.equal(gan.average.first.weight, old)
+
+
+def test_only_a_tuned_discriminator_sees_images_moved_each_by_its_own(monkeypatch):
+    x = torch.rand(32, 1, 28, 28).requires_grad_()
+    moved = study.shifted(x, 3)
+    wide, found = torch.nn.functional.pad(x, (3,) * 4), []
+    for image, around in zip(moved, wide, strict=True):
+        found += [(a, b) for a in range(7) for b in range(7)
+                  if torch.equal(image, around[:, a:a + 28, b:b + 28])]
+    assert len(found) == 32 and len(set(found)) > 10
+    assert {v for place in found for v in place} == set(range(7))
+    assert torch.autograd.grad(moved.sum(), x)[0].unique().tolist() == [0, 1]
+    calls = []
+    monkeypatch.setattr(study, "shifted", lambda x, by: (calls.append(by), x)[1])
+    for model in ["gan", "tuned-gan"]:
+        study.Gan(settings(model), torch.device("cpu")).step(torch.rand(16, 1, 28, 28), 0)
+    assert calls == [study.TUNED_SHIFT] * 3  # real, generated for D, generated for G
 
 
 def test_in_eval_mode_an_image_depends_on_its_own_code():

@@ -416,11 +416,11 @@ def test_the_downstream_answer_follows_the_numbers(tmp_path, gain):
             file.parent.mkdir(exist_ok=True)
             common.save_json(file, {"steps": 9, **dict.fromkeys(
                 study.DOWNSTREAM, 0.8 + 0.001 * seed + more)})
-    text = "\n".join(study.downstream_section(tmp_path, models))
+    text = study.downstream_section(tmp_path, models)[0]
     assert ("ae, local codes: better in balanced accuracy than adding nothing or shifted copies or"
             in text) == bool(gain)
     assert ("No model's images are shown to be better" in text) != bool(gain)
-    assert study.downstream_section(tmp_path / "elsewhere", models) == []
+    assert study.downstream_section(tmp_path / "elsewhere", models) == ("", [])
 
 
 @pytest.mark.parametrize(("lifts", "half", "noise"), [
