@@ -1388,6 +1388,9 @@ def main(argv=None) -> dict:
     root, parts = base / data.name, [split(data, config) for config in runs]
     folders = [root / variant(c) / f"seed_{c['seed']}" for c in runs]
     common.open_runs(folders, runs, args)
+    if args.fresh and args.downstream:
+        for config, arm in itertools.product(runs, ["none", "shifts"]):
+            baseline_file(root, arm, config).unlink(missing_ok=True)
     classifier, metrics = common.load_classifier(data, device), {}
     for config, part, folder in zip(runs, parts, folders, strict=True):
         name = f"{variant(config)}/seed_{config['seed']}"

@@ -394,7 +394,10 @@ def test_downstream_uses_the_imbalanced_images_alone_and_is_resumed(tmp_path, mo
     root = tmp_path / "a/imbalance_study/glyphs"
     text = (root / "report.md").read_text()
     assert "No model's images are shown to be better in balanced accuracy than adding" in text
-    for folder in root.glob("*/seed_0"):
+    calls.clear()
+    study.main([*argv, str(tmp_path / "a"), "--fresh"])
+    assert len(calls) == 5
+    for folder in root.glob("*ae_digit9_2pct/seed_0"):
         (folder / "downstream.json").unlink()
         (folder / "best_model.pt").unlink()
     with pytest.raises(common.UserError, match="no weights for --downstream"):
