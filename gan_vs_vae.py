@@ -55,7 +55,7 @@ FROZEN = 0.1  # weight of its discriminator of images beside that of codes while
 CODE_RATE = 5  # its two networks of codes learn so many times as fast as the others
 SLACK = 1.05  # a hybrid may lose 5 % of its VAE's reconstruction on validation images
 TUNED = {"loss": "hinge", "z_dim": 32}
-TUNED_SHIFT = 3  # pixels by which its discriminator's images are moved
+TUNED_SHIFT = 2  # pixels by which its discriminator's images are moved
 SOURCE = {"mnist": (0.03, 0.25), "fashion-mnist": (0.06, 0.78)}  # its best GAN's and VAE's FID
 FACTORS = ["loss", "z_dim", "dataset"]  # of the twelve
 # a run is called collapsed if any of these fails; fixed before the runs
@@ -283,9 +283,9 @@ class Gan:
         if self.average:  # BatchNorm's statistics too, not its step counts
             own, new = ([v for v in m.state_dict().values() if v.is_floating_point()]
                         for m in (self.average, self.G))
-            n = self.G.trunk[1].num_batches_tracked  # of the first steps over fewer
-            for value, update in zip(own, new, strict=True):
-                value.lerp_(update, (20 / (20 + n)).clamp(min=1 - 0.999))
+            n = self.G.trunk[1].num_batches_tracked / 2  # G runs twice a step
+            for value, update in zip(own, new, strict=True):  # about the last tenth of all steps
+                value.lerp_(update, 10 / (10 + n))
         return torch.stack([loss_d, loss_g, d_norm, g_norm, (real_logits > 0).float().mean(),
                             (fake_logits < 0).float().mean()]).detach()
 
