@@ -359,18 +359,23 @@ def local_codes(z: Tensor, around: Tensor, g: torch.Generator, at: Tensor | None
     Of a code z_i and its k nearest let m be the mean, S the covariance (divisor k). A draw is
     Gaussian about m + share (z_i - m) with covariance (1 - share^2) S, of rank k at most: the noise
     is a random combination of the neighbours. With the mean and covariance of all codes this would
-    keep their covariance (West 1993), with a neighbourhood's it does to a few per cent. Neighbours
-    are nearest in `at` (N, D), by default in z.
+    keep their covariance (West 1993), with a neighbourhood's it does to a few per cent. With images
+    `at` (N, D) of the codes the noise, on average as long, is as long in them everywhere: it is
+    divided by the neighbours' standard deviation in `at`, to first order (tr S G)^(1/2), where G is
+    the metric that the decoder pulls back.
     """
-    at, codes = z if at is None else at, z[around]
-    norm = at.square().sum(1)
-    near = torch.cat([torch.addmm(norm, c, at.T, alpha=-2).topk(min(k + 1, len(z)),
-                                                                largest=False).indices
-                      for c in at[around].split(500)])  # the code itself among them
+    codes, norm = z[around], z.square().sum(1)
+    near = torch.cat([torch.addmm(norm, c, z.T, alpha=-2).topk(min(k + 1, len(z)),
+                                                               largest=False).indices
+                      for c in codes.split(500)])  # the code itself among them
     mean = z[near].mean(1)
     weight = torch.randn(near.shape, generator=g) * math.sqrt((1 - share**2)
                                                               / max(1, near.shape[1] - 1))
     noise = (weight[:, None] @ (z[near] - mean[:, None]))[:, 0]
+    if at is not None:
+        spread = torch.cat([at[i].var(1, unbiased=False).sum(1).sqrt() for i in near.split(500)])
+        scaled = noise / spread.clamp(min=1e-12)[:, None]
+        noise = scaled * (noise.norm() / scaled.norm().clamp(min=1e-12))
     return mean + share * (codes - mean) + noise
 
 
@@ -388,8 +393,9 @@ def draw_codes(sampler: str, n: int, z: Tensor, seed: int, decode=None) -> Tenso
 
     prior: N(0, I). gaussian: full covariance. gmm: 10 full components (scikit-learn). local:
     local_codes around evenly spaced ones. pullback: the same with the same random numbers, but
-    neighbours are those whose decoded images are nearest, to first order near in the metric that
-    the decoder pulls back. Random numbers are drawn on the CPU, by a generator of their own.
+    their noise as long in decoded images everywhere (of eight ways for the decoder's metric to
+    steer it the best on seed 100, see tests/steering.py). Random numbers are drawn on the CPU, by a
+    generator of their own.
     """
     if sampler in ("local", "pullback"):
         g = common.generator(seed, "sampler", "local")
@@ -1020,7 +1026,7 @@ def pictures(root: Path, models: dict[str, list], stem: str) -> list[str]:
               "point half-way between a training code and the mean of it and its ten nearest, with "
               "three quarters of their covariance; training codes are taken in their proportions, "
               "so that their lift measures whether images around a rare one are of its class"
-              + ("; pullback codes likewise, with the ten whose decoded images are nearest"
+              + ("; pullback codes likewise, their noise as long in decoded images everywhere"
                  if any(values(runs, "pullback", "fid") for runs in models.values()) else "")
               + ". The codes of a VAE are its posterior means.",
               "### Pictures", f"![Classes of the samples]({stem}_classes.png)"]

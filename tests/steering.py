@@ -4,7 +4,8 @@
     python tests/steering.py results/imbalance_study/mnist/ga-ae_digit9_2pct/seed_100
 
 Every way draws around the same training codes; only the noise differs, equal in its mean square,
-and of `pullback` the neighbours. They are judged on training images that the run has not seen
+and of the last the neighbours. `pullback`, the study's, takes its first order from the neighbours'
+decoded images instead of the Jacobian. They are judged on training images that the run has not seen
 (validation and left over), never on test images: a table, lift and FID as in the study.
 """
 
@@ -21,7 +22,9 @@ import imbalance_study as study
 
 
 def parts(z, around, g, at=None, k=10, share=0.5):
-    """The centres (n, d) of local_codes, their noise (n, d), and its factor (n, d, k + 1)."""
+    """The centres (n, d) of local_codes, their noise (n, d), and its factor (n, d, k + 1), of the
+    codes nearest in `at`.
+    """
     at = z if at is None else at
     norm = at.square().sum(1)
     near = torch.cat([torch.addmm(norm, c, at.T, alpha=-2).topk(k + 1, largest=False).indices
@@ -70,7 +73,10 @@ def ways(model, z, g, n, temperature):
     codes = {name: centre + same_size(u) for name, u in found.items()}
     g.set_state(state)
     at = in_chunks(lambda c: model.decode(c, temperature).flatten(1), z)
-    return codes | {"neighbours by decoded image (pullback)": study.local_codes(z, around, g, at)}
+    codes["pullback"] = study.local_codes(z, around, g, at)
+    g.set_state(state)
+    centre, noise, _ = parts(z, around, g, at)
+    return codes | {"neighbours by decoded image": centre + noise}
 
 
 @torch.no_grad()

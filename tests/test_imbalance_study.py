@@ -140,9 +140,25 @@ def test_local_sources_are_evenly_spaced_and_shared(mixture):
         assert abs((at < first).sum().item() - n * first / size) < 1  # the rare ones come first
         assert at.bincount().max() <= -(-n // size)
         assert n < 10 or not torch.equal(at, at.sort().values)
-    same = study.draw_codes("pullback", 300, mixture, 0, lambda z: z)  # nothing is bent
-    assert torch.equal(same, study.draw_codes("local", 300, mixture, 0))
-    assert not torch.equal(same, study.draw_codes("local", 300, mixture, 1))
+
+
+def test_pullback_noise_is_as_long_everywhere_in_decoded_images(mixture):
+    z = torch.cat([mixture[100:2100], 0.5 * mixture[100:2100] + 20])
+    stretch = lambda z: torch.where(z.mean(1, keepdim=True) < 10, z, 6 * z)  # the second part
+    zero = common.generator(0, "sampler", "local")
+    at = study.evenly(4000, len(z), zero)
+    draws = {s: study.draw_codes(s, 4000, z, 0, stretch) for s in ("local", "pullback")}
+    assert torch.equal(draws["local"], study.local_codes(z, at, zero))
+    assert not torch.equal(draws["local"], study.draw_codes("local", 4000, z, 1))
+    norm = z.square().sum(1)
+    near = z[torch.addmm(norm, z, z.T, alpha=-2).topk(11, largest=False).indices]
+    centre = (near.mean(1) + 0.5 * (z - near.mean(1)))[at]
+    noise = {s: codes - centre for s, codes in draws.items()}
+    ratio = (noise["pullback"].norm(dim=1) / noise["local"].norm(dim=1))
+    spread = stretch(near.flatten(0, 1)).view(-1, 11, 3).var(1).sum(1).sqrt()[at]
+    assert torch.allclose(ratio * spread, (ratio * spread).mean().expand(4000), rtol=1e-3)
+    assert torch.allclose(noise["pullback"].norm(), noise["local"].norm(), rtol=1e-4)
+    assert ratio[at < 2000].mean() > 2.5 * ratio[at >= 2000].mean()
 
 
 def test_gaussian_and_prior_samplers_have_the_right_moments(mixture):
