@@ -924,18 +924,25 @@ def downstream_section(root: Path, models: dict[str, list]) -> tuple[str, list[s
     of = lambda name, key: {s: 100 * metrics[key] for s, metrics in arms[name].items()}
     rows = [[name, len(arms[name]), *[common.mean_std(list(of(name, key).values()))
                                       for key in DOWNSTREAM]] for name in baselines + generated]
-    differences, better = [], []
-    for a in generated:
-        for key in ["balanced_accuracy", "rare_recall"]:
-            both = [sorted(set(arms[a]) & set(arms[b])) for b in baselines]
-            found = [common.paired(*[[of(name, key)[s] for s in seeds] for name in (a, b)])
-                     if seeds else None for b, seeds in zip(baselines, both, strict=True)]
-            differences.append([f"{a}: {DOWNSTREAM[key]}", *[d or "–" for d in found]])
-            if key == "balanced_accuracy" and all(d and d.sign > 0 for d in found):
-                better.append(a)
+    key, both = "balanced_accuracy", ["balanced_accuracy", "rare_recall"]
+    found = {(a, b, k): common.paired(*[[of(name, k)[s] for s in seeds] for name in (a, b)])
+             for a, b, k in itertools.product(generated, baselines, both)
+             if (seeds := sorted(set(arms[a]) & set(arms[b])))}
+    differences = [[f"{a}: {DOWNSTREAM[k]}", *[found.get((a, b, k), "–") for b in baselines]]
+                   for a, k in itertools.product(generated, both)]
+    signs = {(a, k): [found[a, b, k].sign if (a, b, k) in found else 0 for b in baselines]
+             for a, k in itertools.product(generated, both)}
+    better = [a for a in generated if min(signs[a, key], default=0) > 0]
+    best = max(generated, key=lambda a: np.mean(list(of(a, key).values())))
+    said = [f"in {DOWNSTREAM[k]} " + ", ".join(
+        f"{word} {' or '.join(names)}" for sign, word in [
+            (1, "better than"), (0, "not to be told from"), (-1, "worse than")]
+        if (names := [b for b, own in zip(baselines, signs[best, k], strict=True) if own == sign]))
+        for k in both]
     against = f"in balanced accuracy than adding {' or '.join(baselines)}"
     verdict = (f"{'; '.join(better)}: better {against}, each interval excluding zero" if better
-               else f"No model's images are shown to be better {against}")
+               else f"No model's images are shown to be better {against}. Those of the highest "
+               f"mean, {best}, are {'; '.join(said)}")
     steps = sorted({metrics["steps"] for found in arms.values() for metrics in found.values()})
     return f"{verdict}.", [
             "### Does adding generated images help a classifier?", f"{verdict}.",

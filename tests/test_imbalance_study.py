@@ -439,6 +439,9 @@ def test_the_downstream_answer_follows_the_numbers(tmp_path, gain):
     assert ("ae, local codes: better in balanced accuracy than adding nothing or shifted copies or"
             in text) == bool(gain)
     assert ("No model's images are shown to be better" in text) != bool(gain)
+    assert gain or ("ae, local codes, are in balanced accuracy not to be told from nothing, worse "
+                    "than shifted copies or SMOTE between ae codes; in recall of the rare class "
+                    "not to be told from nothing, worse than") in text
     assert study.downstream_section(tmp_path / "elsewhere", models) == ("", [])
 
 
