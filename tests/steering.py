@@ -1,7 +1,7 @@
 """Ways for the decoder's metric G = J^T J to steer local codes, compared; run by hand, no test.
 
     python imbalance_study.py --model ga-ae --seeds 100
-    python tests/steering.py results/imbalance_study/mnist/ga-ae_digit9_2pct/seed_100
+    python tests/steering.py results/imbalance_study/mnist/ga-ae_digit9_2pct/seed_100 > steering.md
 
 Every way draws around the same training codes; only the noise differs, equal in its mean square,
 and of the last the neighbours. `pullback`, the study's, takes its first order from the neighbours'
@@ -100,8 +100,17 @@ def main(folder: Path, samples: int = 20_000) -> str:
                      f"{coverage or 0:.3f}", f"{scores['fid'] / judge.floor:.2f}",
                      f"{scores['copying']:.3f}"])
         print(rows[-1], file=sys.stderr)
-    return common.table(["noise or neighbours", "lift", "clear lift",
-                         "coverage / real", "FID / floor", "copying"], rows)
+    best = max((row for row in rows if float(row[4]) <= 3), key=lambda row: float(row[3]))[0]
+    about = {**config, "percent": 100 * config["rare_ratio"], "n": samples, "best": best,
+             "model": study.label(config)}
+    return ("# Ways for the metric G = JᵀJ to steer local codes\n\n"
+            "Of {model}, digit {rare_digit} at {percent:g} % of {dataset}, seed {seed}, by `python "
+            "tests/steering.py`: {n:,} samples around the same codes, noise of the same mean "
+            "square, against training images that the run has not seen. Lift is calibrated. Of "
+            "those with FID at most 3 × its floor the highest coverage: {best}. One seed, so "
+            "nothing is concluded from small differences.\n\n".format(**about)
+            + common.table(["noise or neighbours", "lift", "clear lift", "coverage / real",
+                            "FID / floor", "copying"], rows))
 
 
 if __name__ == "__main__":
