@@ -394,8 +394,9 @@ def draw_codes(sampler: str, n: int, z: Tensor, seed: int, decode=None) -> Tenso
     prior: N(0, I). gaussian: full covariance. gmm: 10 full components (scikit-learn). local:
     local_codes around evenly spaced ones. pullback: the same with the same random numbers, but
     their noise as long in decoded images everywhere; of eight ways for the decoder's metric to
-    steer it the one of highest coverage with FID at most 3 x its floor (tests/steering.py, seed
-    100). Random numbers are drawn on the CPU, by a generator of their own.
+    steer it the one of highest coverage with FID at most 3 x its floor on seed 100
+    (results/published/imbalance_study/steering.md). Random numbers are drawn on the CPU, by a
+    generator of their own.
     """
     if sampler in ("local", "pullback"):
         g = common.generator(seed, "sampler", "local")
