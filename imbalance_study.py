@@ -941,7 +941,8 @@ def downstream_section(root: Path, models: dict[str, list]) -> tuple[str, list[s
         if (names := [b for b, own in zip(baselines, signs[best, k], strict=True) if own == sign]))
         for k in both]
     against = f"in balanced accuracy than adding {' or '.join(baselines)}"
-    verdict = (f"{'; '.join(better)}: better {against}, each interval excluding zero" if better
+    verdict = (f"{'; '.join(better)}: better {against}, each interval excluding zero (not "
+               "corrected for the number of models)" if better
                else f"No model's images are shown to be better {against}. Those of the highest "
                f"mean, {best}, are {'; '.join(said)}")
     steps = sorted({metrics["steps"] for found in arms.values() for metrics in found.values()})
