@@ -828,20 +828,20 @@ def report(root: Path) -> str:
             for other in cells)
 
     whole = [key for key in cells if not in_a_grid(key)] or list(cells)
-    main = max(whole, key=lambda key: sum(map(len, cells[key].values())))  # the one with pictures
+    widest = max(whole, key=lambda key: sum(map(len, cells[key].values())))  # the one with pictures
     grids = [across(root, cells, axis) for axis in ["rare_digit", "rare_ratio"]]
     answers, lines = [], [line for _, more in grids for line in more]
-    for key in sorted(cells, key=lambda key: (key != main, str(key))):
+    for key in sorted(cells, key=lambda key: (key != widest, str(key))):
         models = in_order(cells[key])
         helps, more = downstream_section(root, models)
         if key in whole:
-            answers.append(answer(title(key), models, key == main))
+            answers.append(answer(title(key), models, key == widest))
             more = [*tables(models), *more]
-        if key == main:
+        if key == widest:
             more += pictures(root, models, rare(dict(key)))
         answers += [f"**{title(key)}: does adding generated images help a classifier?** {helps}"
                     ] * bool(helps)
-        at = 0 if key == main else len(lines)  # the reader meets every caption in the first section
+        at = 0 if key == widest else len(lines)  # captions stand in the first section
         lines[at:at] = [f"## {title(key)}", *more] if more else []
     text = "\n\n".join([
         f"# The imbalance study on {dataset}",
