@@ -157,7 +157,7 @@ def pick_device(name: str) -> torch.device:
 def seed_from(*key: int | str) -> int:
     """One 63-bit seed from a key such as (seed, "train", epoch): a stream for every purpose."""
     entropy = [zlib.crc32(part.encode()) if isinstance(part, str) else part for part in key]
-    return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1)
+    return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]) >> 1
 
 
 def generator(*key: int | str) -> torch.Generator:
