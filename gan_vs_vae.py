@@ -23,7 +23,7 @@ Differences from the source lab:
  3. The hybrid is built and measured. Mode collapse is decided by thresholds, not by looking.
  4. Training passes of the convolutional nets are in bfloat16 on CPUs with instructions for it.
  5. Beyond the twelve, one tuned GAN per dataset: five times the rate, decaying linearly, three
-    times the epochs, a moving average of G's weights, and shifted images for D.
+    times the epochs, nets twice as wide, a moving average of G's weights, shifted images for D.
 
 References: Goodfellow et al. 2014, arXiv:1406.2661; Lim and Ye 2017, arXiv:1705.02894 (hinge);
 Radford et al. 2016, arXiv:1511.06434 (DCGAN); Kingma and Welling 2014, arXiv:1312.6114; Miyato et
@@ -54,8 +54,8 @@ ADVERSARIAL = 10.0  # nats per unit of the hybrid's discriminators while fine-tu
 FROZEN = 0.1  # weight of its discriminator of images beside that of codes while the VAE is frozen
 CODE_RATE = 5  # its two networks of codes learn so many times as fast as the others
 SLACK = 1.05  # a hybrid may lose 5 % of its VAE's reconstruction on validation images
-TUNED = {"loss": "hinge", "z_dim": 32}
-TUNED_SHIFT = 2  # pixels by which its discriminator's images are moved
+# nets twice as wide as the twelve's; its discriminator's images are moved by up to two pixels
+TUNED = {"loss": "hinge", "z_dim": 32, "wide": 2, "shift": 2}
 SOURCE = {"mnist": (0.03, 0.25), "fashion-mnist": (0.06, 0.78)}  # its best GAN's and VAE's FID
 FACTORS = ["loss", "z_dim", "dataset"]  # of the twelve
 # a run is called collapsed if any of these fails; fixed before the runs
@@ -133,15 +133,16 @@ class Generator(nn.Module):
     Only the first layer depends on d. In eval mode an image depends on its own code alone.
     """
 
-    def __init__(self, d: int):
+    def __init__(self, d: int, wide: int = 1):
         super().__init__()
-        self.first = nn.Linear(d, 64 * 7 * 7)
+        a, b, c = 64 * wide, 32 * wide, 16 * wide  # channels
+        self.first = nn.Linear(d, a * 7 * 7)
         self.trunk = nn.Sequential(
-            nn.Unflatten(1, (64, 7, 7)), nn.BatchNorm2d(64), nn.ReLU(),
-            nn.ConvTranspose2d(64, 32, 4, stride=2, padding=1), nn.BatchNorm2d(32), nn.ReLU(),
-            # (B, 32, 14, 14); enlarge, then smooth: cheaper than a kernel of four, and no worse
-            nn.ConvTranspose2d(32, 16, 2, stride=2), nn.BatchNorm2d(16), nn.ReLU(),
-            nn.Conv2d(16, 1, 3, padding=1))  # logits (B, 1, 28, 28)
+            nn.Unflatten(1, (a, 7, 7)), nn.BatchNorm2d(a), nn.ReLU(),
+            nn.ConvTranspose2d(a, b, 4, stride=2, padding=1), nn.BatchNorm2d(b), nn.ReLU(),
+            # (B, b, 14, 14); enlarge, then smooth: cheaper than a kernel of four, and no worse
+            nn.ConvTranspose2d(b, c, 2, stride=2), nn.BatchNorm2d(c), nn.ReLU(),
+            nn.Conv2d(c, 1, 3, padding=1))  # logits (B, 1, 28, 28)
 
     @common.mixed_precision
     def logits(self, z: Tensor) -> Tensor:
@@ -156,14 +157,16 @@ class Convolutions(nn.Sequential):
     logit is positive for real).
     """
 
-    def __init__(self, outputs: int, hidden_norm: bool = False, spectral: bool = False):
+    def __init__(self, outputs: int, hidden_norm: bool = False, spectral: bool = False,
+                 wide: int = 1):
         wrap = nn.utils.parametrizations.spectral_norm if spectral else lambda layer: layer
+        a, b = 24 * wide, 48 * wide  # channels
         super().__init__(
-            nn.PixelUnshuffle(2), wrap(nn.Conv2d(4, 24, 3, padding=1)), nn.LeakyReLU(0.2),
-            # (B, 24, 14, 14)
-            wrap(nn.Conv2d(24, 48, 4, stride=2, padding=1)),  # (B, 48, 7, 7)
-            *([] if spectral else [nn.BatchNorm2d(48)]), nn.LeakyReLU(0.2), nn.Flatten(),
-            wrap(nn.Linear(48 * 49, 256)), *([nn.BatchNorm1d(256)] if hidden_norm else []),
+            nn.PixelUnshuffle(2), wrap(nn.Conv2d(4, a, 3, padding=1)), nn.LeakyReLU(0.2),
+            # (B, a, 14, 14)
+            wrap(nn.Conv2d(a, b, 4, stride=2, padding=1)),  # (B, b, 7, 7)
+            *([] if spectral else [nn.BatchNorm2d(b)]), nn.LeakyReLU(0.2), nn.Flatten(),
+            wrap(nn.Linear(b * 49, 256)), *([nn.BatchNorm1d(256)] if hidden_norm else []),
             nn.LeakyReLU(0.2), wrap(nn.Linear(256, outputs)))
 
     @common.mixed_precision
@@ -252,17 +255,19 @@ def shifted(x: Tensor, by: int) -> Tensor:
 
 
 class Gan:
-    """A generator and a discriminator that take turns. Tuned, D sees every image shifted (else it
-    learns the training images by heart), and samples are those of a moving average of G.
+    """A generator and a discriminator that take turns. Tuned, both are wider, D sees every image
+    shifted (else it learns the training images by heart), and samples are those of a moving average
+    of G.
     """
 
     names = ("d_loss", "g_loss", "d_gradient", "g_gradient", "accuracy_real", "accuracy_fake")
 
     def __init__(self, config: dict, device):
         self.loss, self.z_dim, self.average = config["loss"], config["z_dim"], None
-        self.G = put(initialised(Generator(self.z_dim)), device)
+        self.shift, wide = config.get("shift", 0), config.get("wide", 1)
+        self.G = put(initialised(Generator(self.z_dim, wide)), device)
         # without BatchNorm in its hidden layer D won from the first epoch on with one seed of five
-        self.D = put(initialised(Convolutions(1, hidden_norm=True)), device)
+        self.D = put(initialised(Convolutions(1, hidden_norm=True, wide=wide)), device)
         self.modules = {"G": self.G, "D": self.D}
         if config["model"] == "tuned-gan":
             self.average = copy.deepcopy(self.G)
@@ -273,7 +278,7 @@ class Gan:
     def step(self, x: Tensor, stage: int) -> Tensor:
         """A step of D, then one of G with fresh noise; (6,) as `names`."""
         noise = lambda: torch.randn(len(x), self.z_dim, device=x.device)
-        judged = lambda x: self.D(shifted(x, TUNED_SHIFT) if self.average else x)
+        judged = lambda x: self.D(shifted(x, self.shift) if self.shift else x)
         fake = self.G(noise()).detach()  # D's step must not reach G
         real_logits, fake_logits = judged(x), judged(fake)
         loss_d = d_loss(self.loss, real_logits, fake_logits)
@@ -738,14 +743,14 @@ def results_table(groups: dict) -> str:
 def run_section(name: str, runs: list) -> list[str]:
     """The source's section of a run: its settings, its last epoch and its pictures."""
     c, folder = runs[0]["config"], runs[0]["folder"].as_posix()
-    own = {k: v for k, v in c.items() if k in ("loss", "z_dim", "latent_dim", "lr")}
+    own = [f"{k} {c[k]}" for k in ["lr", "loss", "z_dim", "latent_dim", "wide", "shift"] if k in c]
     last = ", ".join(f"{k} {show(runs, 'last', k)}" for k in runs[0]["metrics"]["last"]
                      if k not in ("epoch", "seconds"))
     share = np.mean(get(runs, "class_share"), 0)
     pictures = [*[f"samples_epoch_{e}" for e in shown_epochs(c)],
                 *(["reconstructions"] if "elbo" in runs[0]["metrics"] else []),
                 "interpolation", "losses"]
-    return [f"### {name}", f"{', '.join(f'{k} {v}' for k, v in own.items())}, {c['epochs']} epochs."
+    return [f"### {name}", f"{', '.join(own)}, {c['epochs']} epochs."
             f" Last epoch: {last}. Classes 0–9 among the samples (%): "
             f"{' '.join(f'{100 * s:.0f}' for s in share)}.",
             *[f"![{name}: {p}]({folder}/{p}.png)" for p in pictures]]

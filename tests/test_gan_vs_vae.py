@@ -122,9 +122,14 @@ def test_only_a_tuned_discriminator_sees_images_moved_each_by_its_own(monkeypatc
     assert torch.autograd.grad(moved.sum(), x)[0].unique().tolist() == [0, 1]
     calls = []
     monkeypatch.setattr(study, "shifted", lambda x, by: (calls.append(by), x)[1])
-    for model in ["gan", "tuned-gan"]:
-        study.Gan(settings(model), torch.device("cpu")).step(torch.rand(16, 1, 28, 28), 0)
-    assert calls == [study.TUNED_SHIFT] * 3  # real, generated for D, generated for G
+    argv = ["--loss", "hinge", "--z-dim", "32", "--model", "gan", "tuned-gan"]
+    plain, tuned = [study.Gan(config, torch.device("cpu"))
+                    for config in study.grid(study.parse_args(argv), ["glyphs"])]
+    for gan in [plain, tuned]:
+        gan.step(torch.rand(16, 1, 28, 28), 0)
+    assert calls == [2] * 3  # real, generated for D, generated for G
+    assert tuned.G.first.weight.numel() == 2 * plain.G.first.weight.numel()
+    assert tuned.D[1].out_channels == 2 * plain.D[1].out_channels
 
 
 def test_in_eval_mode_an_image_depends_on_its_own_code():
