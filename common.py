@@ -826,9 +826,12 @@ def finished_runs(root: Path) -> list[dict]:
             try:
                 history = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(rows)]
             except (TypeError, ValueError):
-                raise UserError(f"{rows.name} is corrupt; --fresh starts that run over") from None
-        runs.append({"config": load_json(file.with_name("config.json")), "metrics": load_json(file),
-                     "history": history, "folder": file.parent.relative_to(root)})
+                history = []
+        config = load_json(file.with_name("config.json"))
+        if len(history) != config["epochs"]:
+            raise UserError(f"{rows.name} is corrupt; --fresh starts that run over")
+        runs.append({"config": config, "metrics": load_json(file), "history": history,
+                     "folder": file.parent.relative_to(root)})
     return runs
 
 

@@ -2,8 +2,8 @@
 
 Twelve GANs (two losses, three sizes of z, two datasets), six VAEs whose decoder is the same network
 as the generator, and a hybrid: a VAE, then a generator in its latent space against two
-discriminators, one of codes and one of images, then all of it fine-tuned together. Every run is
-measured by the same features: FID beside its floor, precision and recall, classes, copying.
+discriminators, one of codes and one of images, then all of it fine-tuned together. The same
+features measure all runs on a dataset: FID beside its floor, precision, recall, classes, copying.
 
     python gan_vs_vae.py                                     # the whole lab
     python gan_vs_vae.py --model gan --loss hinge --z-dim 32 --dataset mnist
@@ -12,12 +12,13 @@ measured by the same features: FID beside its floor, precision and recall, class
 Writes results/gan_vs_vae/<dataset>/<run>/seed_<s>/ (weights, metrics, pictures) and, from every
 finished run, results/gan_vs_vae/report.md.
 
-Expect: MNIST_GAN_bce_z32 FID 1.01 ± 0.15, recall 0.88 ± 0.01 (n=2);
+Expect: MNIST_GAN_bce_z32 FID 1.01 ± 0.15 (floor 0.07), recall 0.88 ± 0.01 (n=2);
 9 min to train a run; cpu: AMD EPYC, torch 2.15.0+cu132.
 
 Differences from the source lab:
  1. FID in the features of a known classifier, with its floor; the best epoch is chosen by the FID
-    of 5,000 samples against 5,000 validation images, test images are used once.
+    of 5,000 samples against 5,000 validation images (of a hybrid, if it still reconstructs), test
+    images are used once.
  2. Generator and VAE decoder are one network, so that the comparison is of the training; only its
     last layer starts from larger weights in the VAE.
  3. The hybrid is built and measured. Mode collapse is decided by thresholds, not by looking.
@@ -526,7 +527,7 @@ def collapsed(scores: dict, of: str = "") -> list[str]:
     """Which of the thresholds a run fails; empty for a run that has not collapsed. of="val_" judges
     an epoch's row of the history, which has no recall.
     """
-    return [f"{key} {scores[of + key]:.2g} < {low:g}" for key, low in COLLAPSE.items()
+    return [f"{key} {scores[of + key]:.4g} < {low:g}" for key, low in COLLAPSE.items()
             if of + key in scores and scores[of + key] < low]
 
 
@@ -628,9 +629,28 @@ def pick(groups: dict, dataset: str | None, *models: str) -> dict[str, list]:
 
 
 def best_of(groups: dict, dataset: str, model: str) -> tuple[str, list] | None:
-    """The name and runs with the lowest mean FID on validation images."""
+    """The name and runs with the lowest mean FID on validation images, among those with the most
+    seeds.
+    """
     return min(pick(groups, dataset, model).items(), default=None,
-               key=lambda g: np.mean(get(g[1], "best", "val_fid")))
+               key=lambda g: (-len(g[1]), np.mean(get(g[1], "best", "val_fid"))))
+
+
+def rest(run: dict, *varied: str) -> str:
+    """What runs must share to be compared, but for their seed and what is varied."""
+    both = run["config"] | {key: run["metrics"].get(key) for key in ("n", "bfloat16")}
+    return str({k: v for k, v in both.items() if k not in ("seed", *varied)})
+
+
+def often(hits: list) -> str:
+    return f"{sum(map(bool, hits))} of {len(hits)} seed{'s' * (len(hits) > 1)}"
+
+
+def called(runs: list) -> str:
+    """', called collapsed for ...'; empty if no seed is."""
+    why = [collapsed(run["metrics"]) for run in runs]
+    reasons = "; ".join(sorted({reason for of in why for reason in of}))
+    return f", called collapsed for {often(why)} ({reasons})" if reasons else ""
 
 
 def report(base: Path) -> str:
@@ -648,7 +668,7 @@ def report(base: Path) -> str:
              f"{of('gan')} GANs, {of('tuned-gan')} tuned GANs, {of('vae')} VAEs, {of('vae-gan')} "
              f"hybrids; {sum(map(len, groups.values()))} runs. Every measured image is made in "
              "eval mode, by the raw weights of the best epoch; in the tuned GANs alone by their "
-             "moving average. "
+             "moving average. Pictures are those of a run's first seed. "
              "Nets, rates and weights of losses were chosen by the FID of validation images, of "
              f"seed 100. A hybrid's networks of codes learn at {CODE_RATE} times the rate given."]
     if begun := without_result(base):
@@ -662,6 +682,8 @@ def report(base: Path) -> str:
         f"![{name}]({runs[0]['folder'].as_posix()}/samples.png)" for name, runs in groups.items()]]
     lines += ["## Analysis plots", *plots(base, groups, datasets)]
     lines += ["## FID", fid_table(groups, datasets), "## The four questions",
+              "Intervals are 95 % t-intervals over paired seeds; those of the third and the fourth "
+              "answer are not corrected for their number.",
               "### 1. What moves the quality and the stability of a GAN most?",
               answer_stability(gans), "### 2. Mode collapse?", answer_collapse(groups),
               "### 3. How does the latent dimension affect a VAE?", answer_latent(vaes),
@@ -677,28 +699,34 @@ def answer(groups: dict, datasets: list) -> str:
     said = []
     for dataset in datasets:
         best = {m: found for m in SYSTEMS if (found := best_of(groups, dataset, m))}
-        fid = {m: np.mean(get(runs, "fid")) for m, (_, runs) in best.items()}
         text = "; ".join(f"{name} {show(runs, 'fid')} (n={len(runs)}, "
-                         f"{runs[0]['config']['epochs']} epochs)" for name, runs in best.values())
-        text = f"On {common.DATASETS[dataset]} the best of each kind have FID: {text}."
-        if {"gan", "vae"} <= set(best):
-            ratio = fid["gan"] / fid["vae"]
-            text += f" The GAN's is {ratio:.2f} × the VAE's"
+                         f"{runs[0]['config']['epochs']} epochs"
+                         f"{called(runs) if runs[0]['config']['model'] != 'vae' else ''})"
+                         for name, runs in best.values())
+        text = (f"On {common.DATASETS[dataset]} the best of each kind, by FID of validation "
+                f"images, have FID: {text}.")
+        pairs = list(zip(*common.same_seeds(*[best.get(m, ("", []))[1] for m in ("gan", "vae")]),
+                         strict=True))
+        if pairs:
+            ratio = times(pairs, "fid")
+            text += f" The untuned GAN's is {ratio:.2f} × the VAE's"
             if dataset in SOURCE:
                 a, b = SOURCE[dataset]
-                text += (f", {'within' if ratio <= 1 / 6 else 'not within'} the 1/6 aimed at; the "
-                         f"source claims 1/{b / a:.0f}")
+                text += (f", within the 1/6 aimed at for "
+                         f"{often([times([pair], 'fid') <= 1 / 6 for pair in pairs])}; the source "
+                         f"claims 1/{b / a:.0f}")
             text += "; the VAE's is lower." if ratio > 1 else "."
         if "vae-gan" in best and (pairs := with_parents(groups, best["vae-gan"][1])):
-            text += (f" The hybrid has {times(pairs, 'fid'):.2f} × the FID of its VAE and "
-                     f"{times(pairs, 'elbo', 'reconstruction'):.2f} × its reconstruction loss")
-            why = {reason for hybrid, _ in pairs for reason in collapsed(hybrid["metrics"])}
-            text += f", but is called collapsed ({'; '.join(sorted(why))})." if why else "."
+            text += (f" The hybrid has {times(pairs, 'fid'):.2f} × the FID of its VAE, "
+                     f"{variant(pairs[0][1]['config'])}, and "
+                     f"{times(pairs, 'elbo', 'reconstruction'):.2f} × its reconstruction loss "
+                     f"(n={len(pairs)}).")
         if "tuned-gan" in best and dataset in SOURCE:
-            over = fid["tuned-gan"] / best["tuned-gan"][1][0]["metrics"]["scale"]["real"]["fid"]
+            over = np.divide(*[get(best["tuned-gan"][1], *key)
+                               for key in [("fid",), ("scale", "real", "fid")]])
             goal = {"mnist": 10, "fashion-mnist": 15}[dataset]
-            text += (f" The tuned GAN's is {over:.1f} × the floor, "
-                     f"{'within' if over <= goal else 'not within'} the {goal} × aimed at.")
+            text += (f" The tuned GAN's is {over.mean():.1f} × the floor, within the {goal} × "
+                     f"aimed at for {often(over <= goal)}.")
         said.append(text)
     return "**Answer.** " + " ".join(said)
 
@@ -718,10 +746,10 @@ def results_table(groups: dict) -> str:
         elbo = (f"{show(runs, 'elbo', 'reconstruction')} + {show(runs, 'elbo', 'kl')} = "
                 f"{show(runs, 'elbo', 'loss')}" if "elbo" in runs[0]["metrics"] else "–")
         rows.append([name, len(runs), show(runs, "fid"), *[show(runs, k) for k in keys],
-                     show(runs, "classes", digits=0), show(runs, "copying"), elbo,
-                     show(runs, "best", "epoch", digits=0),
+                     span(get(runs, "classes"), 0), show(runs, "copying"), elbo,
+                     span(get(runs, "best", "epoch"), 0),
                      show(runs, "seconds_per_epoch", digits=1)])
-    n = min(r["metrics"]["n"] for runs in groups.values() for r in runs)
+    ns = sorted({r["metrics"]["n"] for runs in groups.values() for r in runs})
     entropy = "; ".join(f"{common.DATASETS[d]} {scale['pixel_entropy']:.2f}"
                         for d, scale in scales.items())
     sets = "; ".join(f"{common.DATASETS[d]}: {s['sets']}, spread {s['fid_std']:.3f}"
@@ -729,15 +757,24 @@ def results_table(groups: dict) -> str:
     return common.table(
         ["run", "n", "FID", *keys, "classes", "copying", "reconstruction + KL = −ELBO",
          "best epoch", "s per epoch"], rows) + (
-        f"\n\nFID is in the features of the metric classifier, not Inception's, {n:,} samples "
-        "against as many test images; that of real training images is the floor, the mean over "
-        f"disjoint sets of as many ({sets}). Entropy of the "
+        "\n\n± is the standard deviation over n seeds, 9–10 their range. FID is in the features of "
+        "each dataset's metric classifier, not Inception's, "
+        f"{' or '.join(f'{n:,}' for n in ns)} samples against as many test images; that of real "
+        "training images is the floor, the mean over disjoint sets of as many "
+        f"({sets}). Entropy of the "
         "class histogram in nats (at most 2.30); a class is present with 1 % of the samples. The "
         "best epoch is that of the lowest FID of 5,000 samples on validation images, of a hybrid "
         f"among fine-tuned ones that lose at most {100 * SLACK - 100:.0f} % in reconstruction (of "
         "those that lose the least, if all lose more). "
         "Copying: mean distance to the nearest training image over that of test images. −ELBO of "
-        f"test images in nats; its floor, the mean pixel entropy: {entropy}.")
+        f"test images in nats; its floor, the mean pixel entropy: {entropy}. Seconds depend on "
+        "what else the machine does.")
+
+
+def span(values: list, digits: int = 2) -> str:
+    """'0.27 to 0.55', or one number if all are equal; of whole numbers '9–10'."""
+    ends = dict.fromkeys([f"{min(values):.{digits}f}", f"{max(values):.{digits}f}"])
+    return (" to " if digits else "–").join(ends)
 
 
 def run_section(name: str, runs: list) -> list[str]:
@@ -834,26 +871,25 @@ def plots(base: Path, groups: dict, datasets: list) -> list[str]:
 
 
 class Effect(NamedTuple):
-    """A mean difference of logs over cells of the grid, half of its interval, the differences of
-    the cells, and the mean of each seed alone.
+    """A mean difference of logs over cells of the grid, half of its interval over the seeds
+    (infinite for one), the mean of each cell, and the number of seeds.
     """
 
     mean: float
     half: float
     cells: list[float]
-    seeds: list[float]
+    seeds: int
 
     @property
     def told(self) -> bool:
-        """The interval excludes zero, and several seeds all agree on the sign."""
-        return abs(self.mean) > self.half and len(self.seeds) > 1 and (
-            len({v > 0 for v in self.seeds}) == 1)
+        """The interval excludes zero."""
+        return abs(self.mean) > self.half
 
 
 def effects(gans: dict, measure) -> dict[tuple[str, str], Effect]:
-    """The effect on log `measure` of each change of one setting, {(setting, "b against a")}, over
-    the cells of the grid that are otherwise the same, paired by seed and averaged over the seeds
-    within a cell. The intervals are 95 % for all of them together (Bonferroni).
+    """The effect on log `measure` of each change of one setting, {(setting, "b against a")}: the
+    mean over the cells of the grid that are otherwise the same, for each seed that all of them
+    have. The intervals over seeds are 95 % for all changes together (Bonferroni).
     """
     from scipy.stats import t  # comes with scikit-learn
 
@@ -861,26 +897,23 @@ def effects(gans: dict, measure) -> dict[tuple[str, str], Effect]:
     for runs in pick(gans, None, "gan").values():
         for r in runs:
             c = r["config"]
-            rest = str({k: v for k, v in c.items() if k not in [*FACTORS, "seed"]})
-            cell = cells.setdefault((*[c[k] for k in FACTORS], rest), {})
+            cell = cells.setdefault((*[c[k] for k in FACTORS], rest(r, *FACTORS)), {})
             cell[c["seed"]] = math.log(measure(r))
     differences = {}
     for i, factor in enumerate(FACTORS):
         values = list(dict.fromkeys(cell[i] for cell in cells))
         for a, b in itertools.combinations(values, 2):
-            twins = [(cells[cell], cells.get((*cell[:i], b, *cell[i + 1:]), {}))
-                     for cell in cells if cell[i] == a]
-            pairs = [{seed: v[seed] - u[seed] for seed in u if seed in v} for u, v in twins]
-            if len(pairs := [d for d in pairs if d]) > 1:
-                differences[factor, f"{b} against {a}"] = pairs
+            twins = [(cells[cell], cells[other]) for cell in cells if cell[i] == a
+                     and (other := (*cell[:i], b, *cell[i + 1:])) in cells]
+            seeds = set.intersection(*[set(cell) for twin in twins for cell in twin] or [set()])
+            if seeds:
+                differences[factor, f"{b} against {a}"] = np.array(
+                    [[v[seed] - u[seed] for seed in sorted(seeds)] for u, v in twins])
     level, found = 1 - 0.025 / max(1, len(differences)), {}
-    for key, pairs in differences.items():
-        means = [np.mean(list(d.values())) for d in pairs]
-        seeds = sorted({seed for d in pairs for seed in d})
-        found[key] = Effect(
-            float(np.mean(means)), float(t.ppf(level, len(means) - 1) * np.std(means, ddof=1)
-                                         / math.sqrt(len(means))), list(map(float, means)),
-            [float(np.mean([d[seed] for d in pairs if seed in d])) for seed in seeds])
+    for key, d in differences.items():  # (cells, seeds)
+        n = d.shape[1]
+        half = t.ppf(level, n - 1) * d.mean(0).std(ddof=1) / math.sqrt(n) if n > 1 else math.inf
+        found[key] = Effect(float(d.mean()), float(half), d.mean(1).tolist(), n)
     return found
 
 
@@ -902,12 +935,13 @@ def answer_stability(gans: dict) -> str:
     for what, measure in measures.items():
         found = effects(gans, measure)
         for (factor, pair), e in found.items():
-            low, high = math.exp(e.mean - e.half), math.exp(e.mean + e.half)
+            low, high = math.exp(e.mean - e.half), math.exp(min(e.mean + e.half, 9))
             rows.append([what, f"{factor}: {pair}", f"{math.exp(e.mean):.2f}",
-                         f"{low:.2f}–{high:.2f}" if high < 1000 else f"{low:.2f} to > 1000",
-                         f"{math.exp(min(e.cells)):.2f}–{math.exp(max(e.cells)):.2f}",
-                         len(e.cells), len(e.seeds), "yes" if e.told else "no"])
-            most = max(most, len(e.seeds))
+                         "–" if e.seeds < 2 else f"{low:.3f} to " + (
+                             f"{high:.3f}" if high < 1000 else "> 1000"),
+                         span([math.exp(v) for v in e.cells]), len(e.cells), e.seeds,
+                         "yes" if e.told else "no"])
+            most = max(most, e.seeds)
         # a dataset has a classifier and a scale of its own, and is no setting
         found = {key: e for key, e in found.items() if key[0] != "dataset"}
         told = {key: e for key, e in found.items() if e.told}
@@ -923,17 +957,18 @@ def answer_stability(gans: dict) -> str:
             f"{much}, whether more than {' and '.join(rivals)} cannot be told" if rivals else
             f"most {much}"))
     if not rows:
-        return "It cannot be told: no two GANs differ in one setting alone, twice."
+        return "It cannot be told: no two GANs of one seed differ in one setting alone."
     return ("One seed tells nothing. " if most == 1 else "") + "; ".join(
         said) + ".\n\n" + common.table(
         ["measure", "change", "ratio", "interval", "range over cells", "cells", "seeds",
          "told from 1"], rows) + (
         "\n\nRatios between GANs of the same seed that differ in that setting alone, over the "
-        "cells of the grid, seeds averaged within a cell. The intervals of a measure hold together "
-        "with 95 % (Bonferroni); a ratio is told from 1 if its interval excludes 1 and several "
-        "seeds all agree. A change of dataset is one of classifier and scale too. Spread: standard "
-        "deviation of the change of the logarithm from epoch to epoch, second half of the "
-        "training. D's errors: the share of real images and the share of generated ones that it "
+        "cells of the grid, for the seeds that all of them have. The intervals are of the cells' "
+        "mean over seeds, and those of a measure hold together with 95 % (Bonferroni); a ratio is "
+        "told from 1 if its interval excludes 1. A change of dataset is one of classifier and "
+        "scale too. Spread: standard deviation of the change of the logarithm from epoch to epoch, "
+        "second half of the training. D's errors: the share of real images and the share of "
+        "generated ones that it "
         "gets wrong, added; near 0 it has won, and values below 0.02 count as 0.02. FID is over "
         "each dataset's floor, because each has its own classifier.")
 
@@ -952,14 +987,20 @@ def answer_collapse(groups: dict) -> str:
     n = sum(map(len, runs_of.values()))
     missing = sum(r["metrics"]["classes"] < COLLAPSE["classes"] for runs in runs_of.values()
                   for r in runs)
-    vaes = [v for runs in pick(groups, None, "vae").values() for v in get(runs, "recall")]
+    vaes = [r for runs in pick(groups, None, "vae").values() for r in runs]
+    recalls: dict[str, list] = {}
+    for r in vaes:
+        recalls.setdefault(common.DATASETS[r["config"]["dataset"]], []).append(
+            r["metrics"]["recall"])
     return (f"Called collapse, by thresholds fixed before the runs: any of {limits}. "
             + (f"{len(found)} of {n} runs with an adversary at its best epoch: {'; '.join(found)}. "
                f"Classes are missing in {missing} of them." if found else
                f"None of {n} runs with an adversary at its best epoch.")
             + (f" By the last epoch's samples besides: {'; '.join(late)}." if late else
                " None besides by the samples of its last epoch (entropy and classes).")
-            + (f" For comparison, the recall of the VAEs is {min(vaes):.2f} to {max(vaes):.2f}."
+            + (" For comparison, the same thresholds are missed by "
+               f"{sum(bool(collapsed(r['metrics'])) for r in vaes)} of {len(vaes)} runs of VAEs; "
+               "their recall: " + ", ".join(f"{d} {span(of)}" for d, of in recalls.items()) + "."
                if vaes else ""))
 
 
@@ -976,9 +1017,8 @@ def answer_latent(vaes: dict) -> str:
     said = []
     alike: dict[tuple, list] = {}
     for runs in pick(vaes, None, "vae").values():
-        c = runs[0]["config"]
-        rest = str({k: v for k, v in c.items() if k not in ("latent_dim", "seed")})
-        alike.setdefault((c["dataset"], rest), []).append(runs)
+        alike.setdefault((runs[0]["config"]["dataset"], rest(runs[0], "latent_dim")),
+                         []).append(runs)
     for (dataset, _), runs_of in alike.items():
         runs_of.sort(key=lambda runs: runs[0]["config"]["latent_dim"])
         if len(runs_of) < 2:
@@ -987,20 +1027,21 @@ def answer_latent(vaes: dict) -> str:
         signs = []
         for what, keys in [("reconstruction (nats)", ("elbo", "reconstruction")),
                            ("FID", ("fid",))]:
-            trend = "; ".join(f"{dim(runs)}: {show(runs, *keys)}" for runs in runs_of)
+            trend = "; ".join(f"{dim(runs)}: {show(runs, *keys)} (n={len(runs)})"
+                              for runs in runs_of)
             steps = [paired(f"{dim(b)} against {dim(a)}", b, a, *keys)
                      for a, b in itertools.combinations(runs_of, 2)]
             said.append(f"{common.DATASETS[dataset]}, {what} by latent dimension: {trend}. "
                         + " ".join(steps))
-            ends = common.same_seeds(runs_of[-1], runs_of[0])
-            signs.append(common.paired(*(get(of, *keys) for of in ends)).sign if ends[0] else 0)
-        said[-1] += (
-            f" From {dim(runs_of[0])} to {dim(runs_of[-1])}, whether FID follows the "
-            "reconstruction cannot be told." if 0 in signs else
-            f" From {dim(runs_of[0])} to {dim(runs_of[-1])}, FID "
-            f"{'follows' if signs[0] == signs[1] else 'does not follow'} the reconstruction: that "
-            f"gets {'worse' if signs[0] > 0 else 'better'}, FID "
-            f"{'worse' if signs[1] > 0 else 'better'}.")
+            signs.append([common.paired(*(get(of, *keys) for of in both)).sign if both[0] else 0
+                          for pair in itertools.pairwise(runs_of)
+                          for both in [common.same_seeds(*pair[::-1])]])
+        for (a, b), r, f in zip(itertools.pairwise(runs_of), *signs, strict=True):
+            words = {1: "worse", -1: "better"}
+            said[-1] += f" From {dim(a)} to {dim(b)}, " + (
+                "whether FID follows the reconstruction cannot be told." if 0 in (r, f) else
+                f"FID {'follows' if r == f else 'does not follow'} the reconstruction: that gets "
+                f"{words[r]}, FID {words[f]}.")
     return "\n\n".join(said) or "It cannot be told: no two VAEs of a dataset differ in it."
 
 
@@ -1031,30 +1072,34 @@ def answer_hybrid(groups: dict) -> str:
         if pairs := with_parents(groups, runs):
             fid, reconstruction = ("fid",), ("elbo", "reconstruction")
             change = common.paired(*(np.log(get(of, *fid)) for of in zip(*pairs, strict=True)))
-            most = lambda keys: max(times([pair], *keys) for pair in pairs)
-            met = most(fid) <= 0.5, most(reconstruction) <= 1.1
+            half, kept = ([times([pair], *keys) <= most for pair in pairs]
+                          for keys, most in [(fid, 0.5), (reconstruction, 1.1)])
+            verdict = {(True, True): "both as hoped", (True, False): "better samples, paid for",
+                       (False, True): "it still reconstructs, but " + {
+                           1: "its samples are worse", -1: "gains too little",
+                           0: "whether its samples are better cannot be told"}[change.sign],
+                       (False, False): "neither"}
+            agreed = len(set(half)) == len(set(kept)) == 1
             text.append(
-                f"{times(pairs, *fid):.2f} × the FID of its VAE at that one's best "
-                f"epoch ({'at most' if met[0] else 'not at most'} half for every seed) and "
-                f"{times(pairs, *reconstruction):.2f} × its reconstruction "
-                f"({'within' if met[1] else 'not within'} 10 % for every seed), n={len(pairs)}, "
-                f"after {c['epochs']} epochs against {c['stage_epochs']}: "
-                + {(True, True): "both as hoped", (True, False): "better samples, paid for",
-                   (False, True): "it still reconstructs, but " + {
-                       1: "its samples are worse", -1: "gains too little",
-                       0: "whether its samples are better cannot be told"}[change.sign],
-                   (False, False): "neither"}[met]
-                + f"; difference of log FID {change}; recall " + " against ".join(
+                f"{times(pairs, *fid):.2f} × the FID of its VAE at that one's best epoch (at most "
+                f"half for {often(half)}) and {times(pairs, *reconstruction):.2f} × its "
+                f"reconstruction (within 10 % for {often(kept)}), after {c['epochs']} epochs "
+                f"against {c['stage_epochs']}: "
+                + ("at one seed " if len(pairs) == 1 else "")
+                + (verdict[half[0], kept[0]] if agreed else "the seeds disagree") + called(runs)
+                + f"; log FID: {change}; recall " + " against ".join(
                     show(list(of), "recall") for of in zip(*pairs, strict=True)))
-        gan = best_of(groups, c["dataset"], "gan")
-        if gan:
-            a, b = (np.log(get(of, "fid")) for of in common.same_seeds(runs, gan[1]))
-            text.append(f"{math.exp(np.mean(a - b)):.2f} × the FID of the best GAN, {gan[0]}, "
-                        "which cannot reconstruct, after as unequal epochs (difference of log FID "
-                        f"{common.paired(a, b)})"
-                        if len(a) else f"no seed in common with the best GAN, {gan[0]}")
+        for model, kind in [("gan", "untuned"), ("tuned-gan", "tuned")]:
+            if gan := best_of(groups, c["dataset"], model):
+                a, b = (np.log(get(of, "fid")) for of in common.same_seeds(runs, gan[1]))
+                text.append(f"{math.exp(np.mean(a - b)):.2f} × the FID of the best {kind} GAN, "
+                            f"{gan[0]}, after {c['epochs']} epochs against "
+                            f"{gan[1][0]['config']['epochs']} (log FID: {common.paired(a, b)})"
+                            if len(a) else f"no seed in common with the best {kind} GAN, {gan[0]}")
         said.append("; ".join(text) + ".")
-    return "\n\n".join(said) or "It cannot be told: no hybrid has been trained."
+    if not said:
+        return "It cannot be told: no hybrid has been trained."
+    return "\n\n".join([*said, "Unlike the GANs, a hybrid also reconstructs."])
 
 
 # --------------------------------------------------------------------------------------------- main

@@ -23,7 +23,8 @@ Differences from the source project:
     its own row.
  3. Each batch's latents take two steps for one of the decoder's (--latent-steps).
  4. log p(x) by importance sampling with a full Gaussian, whose curvature is averaged over its own
-    codes rather than taken at the mode; the source does not say how.
+    codes rather than taken at the mode, and a tenth of codes from the prior; the source does not
+    say how.
  5. Samples are decoder means: pixel noise of 0.4 would drown them.
 
 References: Kingma and Welling 2014, arXiv:1312.6114; Bojanowski et al. 2018, arXiv:1707.05776

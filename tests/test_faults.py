@@ -269,9 +269,10 @@ def test_corrupt_results_are_named(half_trained, tmp_path):
     with pytest.raises(common.UserError, match=r"final_metrics\.json is corrupt"):
         vae_mnist.main(report)
     (base / "final_metrics.json").write_text("{}")
-    (base / "history.csv").write_text("epoch,train_loss\n1,one\n")
-    with pytest.raises(common.UserError, match=r"history\.csv is corrupt"):
-        vae_mnist.main(report)
+    for text in ["epoch,train_loss\n1,one\n", "", "epoch,train_loss\n1,2.5\n"]:  # not all epochs
+        (base / "history.csv").write_text(text)
+        with pytest.raises(common.UserError, match=r"history\.csv is corrupt"):
+            vae_mnist.main(report)
     (folder / "config.json").write_text("\x00\x00")
     with pytest.raises(common.UserError, match=r"config\.json is corrupt"):
         vae_mnist.main(argv)
