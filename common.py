@@ -827,10 +827,10 @@ def finished_runs(root: Path) -> list[dict]:
                 history = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(rows)]
             except (TypeError, ValueError):
                 history = []
-        config = load_json(file.with_name("config.json"))
+        config, metrics = load_json(file.with_name("config.json")), load_json(file)
         if len(history) != config["epochs"]:
             raise UserError(f"{rows.name} is corrupt; --fresh starts that run over")
-        runs.append({"config": config, "metrics": load_json(file), "history": history,
+        runs.append({"config": config, "metrics": metrics, "history": history,
                      "folder": file.parent.relative_to(root)})
     return runs
 
