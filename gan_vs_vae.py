@@ -704,7 +704,7 @@ def answer(groups: dict, datasets: list) -> str:
                          f"{called(runs) if runs[0]['config']['model'] != 'vae' else ''})"
                          for name, runs in best.values())
         text = (f"On {common.DATASETS[dataset]} the best of each kind, by FID of validation "
-                f"images, have FID: {text}.")
+                f"images among those with the most seeds, have FID: {text}.")
         pairs = list(zip(*common.same_seeds(*[best.get(m, ("", []))[1] for m in ("gan", "vae")]),
                          strict=True))
         if pairs:
