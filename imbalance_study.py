@@ -78,6 +78,22 @@ BASELINES = {"none": "nothing", "shifts": "shifted copies", "smote": "SMOTE betw
 DOWNSTREAM = {"rare_recall": "recall of the rare class", "balanced_accuracy": "balanced accuracy",
               "geometric_mean": "geometric mean of the recalls", "f1": "macro F1"}
 DOWNSTREAM_STEPS = 3000
+CRITERIA_CAPTION = (
+    "Met or missed by the mean over seeds. Within noise: a limit lies in the 95 % t-interval of "
+    "that mean, of the calibrated lift widened by what the classifier's confusion leaves open; "
+    "other seeds may decide otherwise. Over one seed there is only the interval of the lift within "
+    "the run, and nothing is concluded. The limits were fixed after a first version of the "
+    "published seeds had been seen.")
+DOWNSTREAM_CAPTION = (
+    "A classifier each, with the same first weights and number of steps, on the training images "
+    "and as many added ones as make the classes equal; F1 is weighted as if the test classes were "
+    "equal. The models saw validation images too (for epoch and temperature), the classifiers did "
+    "not. Differences are paired by seed, with 95 % t-intervals, bold where they exclude zero; "
+    "they cover seeds, not the one test set, and are not corrected for the number of comparisons. "
+    "The neighbours of local codes are of the same class here, their label is that of the image "
+    "they are drawn around. For context, not as a comparison (other protocol, net and class "
+    "sizes): DeepSMOTE (Dablain et al. 2022) reports 96.09 % balanced accuracy and 96.03 % F1 on "
+    "MNIST.")
 
 # ------------------------------------------------------------------------------------------- Config
 
@@ -799,114 +815,93 @@ def report(root: Path) -> str:
     if not runs:
         raise common.UserError(f"no finished run in {root}; run without --report-only first")
     cells: dict[tuple, dict[str, list]] = {}  # runs that may be compared, by model
-    own = {"model", "beta", "code_penalty", "geometry", "seed"}
-    for run in runs:
+    own, order = {"model", "beta", "code_penalty", "geometry", "seed"}, ["vae", "ae", "ga-ae λ=0"]
+    for run in sorted(runs, key=lambda run: (
+            run["config"]["rare_digit"], run["config"]["rare_ratio"],
+            (order.index(name) if (name := label(run["config"])) in order else len(order), name))):
         n = next(iter(run["metrics"]["samplers"].values()))["n"]
         key = (*((k, v) for k, v in run["config"].items() if k not in own), ("samples", n),
                ("classifier", run["metrics"]["classifier"]["sha256"][:8]),
                ("bfloat16", run["metrics"]["bfloat16"]))
         cells.setdefault(key, {}).setdefault(label(run["config"]), []).append(run)
-    dataset = common.DATASETS[runs[0]["config"]["dataset"]]
-    titled = {"rare_digit", "rare_ratio", "train_size", "epochs"}
-    differ = [k for k, _ in next(iter(cells)) if k not in titled
+    widest = max(cells, key=lambda key: sum(map(len, cells[key].values())))  # the one in depth
+    differ = [k for k, _ in widest if k not in ("rare_digit", "rare_ratio")
               and len({dict(key)[k] for key in cells}) > 1]
 
     def title(key: tuple) -> str:
         cell = dict(key)
-        return (f"Digit {cell['rare_digit']} at {100 * cell['rare_ratio']:g} % of "
-                f"{cell['train_size']:,} training images, {cell['epochs']} epochs"
+        return (f"digit {cell['rare_digit']} at {100 * cell['rare_ratio']:g} %"
                 + "".join(f", {k} {cell[k]}" for k in differ))
 
-    def in_a_grid(key: tuple) -> bool:
-        """Whether `across` shows all of a cell: local codes of one model, which others have at
-        another digit or ratio.
-        """
-        shown = lambda key: {m for m, of in cells[key].items() if values(of, "local", "fid")}
-        return len(cells[key]) == 1 == len(shown(key)) and any(
-            shown(key) <= shown(other) and [k for (k, v), item in zip(
-                key, other, strict=True) if (k, v) != item] in [["rare_digit"], ["rare_ratio"]]
-            for other in cells)
-
-    whole = [key for key in cells if not in_a_grid(key)] or list(cells)
-    widest = max(whole, key=lambda key: sum(map(len, cells[key].values())))  # the one with pictures
+    models, cell = cells[widest], dict(widest)
+    head, differences = heads(models), comparison_table(models)
+    others = [(f"{title(key)}: {m}", s, of) for key in cells if key != widest
+              for m, s, of in with_samplers(cells[key])]
     grids = [across(root, cells, axis) for axis in ["rare_digit", "rare_ratio"]]
-    answers, lines = [], [line for _, more in grids for line in more]
-    for key in sorted(cells, key=lambda key: (key != widest, str(key))):
-        models = in_order(cells[key])
-        helps, more = downstream_section(root, models)
-        if key in whole:
-            answers.append(answer(title(key), models, key == widest))
-            more = [*tables(models), *more]
-        if key == widest:
-            more += pictures(root, models, rare(dict(key)))
-        answers += [f"**{title(key)}: does adding generated images help a classifier?** {helps}"
-                    ] * bool(helps)
-        at = 0 if key == widest else len(lines)  # captions stand in the first section
-        lines[at:at] = [f"## {title(key)}", *more] if more else []
-    text = "\n\n".join([
-        f"# The imbalance study on {dataset}",
+    helps = [downstream_section(root, cells[key], title(key)) for key in cells]
+    text = "\n\n".join(filter(None, [
+        f"# The imbalance study on {common.DATASETS[runs[0]['config']['dataset']]}",
         "Does a generative model keep a rare class, and does the geometry of its latent space "
-        "matter?", *answers, *[said for said, _ in grids], *lines,
-        common.how_made(common.by_configuration(runs, variant))]).split("\n\n")
-    # tables and pictures stand where they are, a caption under the first of its kind
-    text = "\n\n".join(part for i, part in enumerate(text)
-                       if part and (part[0] in "#|" or part not in text[:i])) + "\n"
+        "matter?",
+        answer(f"{title(widest).capitalize()}, {cell['train_size']:,} training images, "
+               f"{cell['epochs']} epochs", models),
+        criteria_table(with_samplers(models)), CRITERIA_CAPTION,
+        *[said for said, _ in helps], *[said for said, _ in grids],
+        f"## {title(widest).capitalize()}", lift_table(models, head),
+        *pictures(root, models, rare(cell)), quality_table(models, head),
+        *(["### Differences", differences] if differences else []), temperature_table(models),
+        geometry_table(models),
+        *(["## Other classes and shares", criteria_table(others)] if others else []),
+        *[line for _, more in grids for line in more],
+        *(["## Does adding generated images help a classifier?",
+           *[line for _, more in helps for line in more], DOWNSTREAM_CAPTION]
+          if any(said for said, _ in helps) else []),
+        common.how_made(common.by_configuration(runs, variant))])) + "\n"
     common.save_text(root / "report.md", text)
     return text
 
 
-def in_order(models: dict[str, list]) -> dict[str, list]:
-    """vae, ae, ga-ae λ=0, ga-ae, then the others by their names."""
-    order = ["vae", "ae", "ga-ae λ=0", "ga-ae"]
-    return dict(sorted(models.items(), key=lambda item: (
-        order.index(item[0]) if item[0] in order else len(order), item[0])))
-
-
 def across(root: Path, cells: dict, axis: str) -> tuple[str, list[str]]:
-    """What changes with the "rare_digit" or the "rare_ratio": a sentence per model; a table and a
-    picture of all runs that are alike in everything else, for local codes.
+    """What changes with the "rare_digit" or the "rare_ratio": sentences and pictures of all runs
+    that are alike in everything else, for local codes.
     """
     alike: dict[tuple, dict] = {}  # model -> digit or ratio -> runs
-    for key in sorted(cells, key=str):
+    for key, models in cells.items():
         rest = tuple(item for item in key if item[0] != axis)
-        for m, runs in cells[key].items():
+        for m, runs in models.items():
             if values(runs, "local", "fid"):
                 alike.setdefault(rest, {}).setdefault(m, {})[dict(key)[axis]] = runs
-    answers, lines = [], []
+    answers, lines, (_, low, high) = [], [], CRITERIA["calibrated lift"]
     for rest, of in alike.items():
-        several = {m: dict(sorted(found.items())) for m, found in of.items() if len(found) > 1}
+        several = {m: found for m, found in of.items() if len(found) > 1}
         if not several:
             continue
         cell, digits = dict(rest), axis == "rare_digit"
-        where = f"{100 * cell['rare_ratio']:g} %" if digits else f"digit {cell['rare_digit']}"
+        where = (f"digit, at {100 * cell['rare_ratio']:g} %" if digits else
+                 f"share, digit {cell['rare_digit']}")
         name = lambda v, digits=digits: f"digit {v}" if digits else f"{100 * v:g} %"
         said = []
         for m, found in several.items():
             lifts = {v: values(runs, "local", "calibrated_lift") for v, runs in found.items()}
-            low, high = (f(lifts, key=lambda v, of=lifts: np.mean(of[v])) for f in (min, max))
+            least, most = (f(lifts, key=lambda v, of=lifts: np.mean(of[v])) for f in (min, max))
             good = sum(met("calibrated lift", lift) for lift in lifts.values())
             unsure = sum(within_noise("calibrated lift", lifts[v], found[v]) for v in lifts)
-            said.append(f"{m}: calibrated lift within {CRITERIA['calibrated lift'][1]:g}–"
-                        f"{CRITERIA['calibrated lift'][2]:g} for {good} of {len(lifts)}"
+            said.append(f"{m}: calibrated lift within {low:g}–{high:g} for {good} of {len(lifts)}"
                         f" ({unsure} of the {len(lifts)} within noise of a limit), from "
-                        f"{np.mean(lifts[low]):.2f} ({name(low)}) to {np.mean(lifts[high]):.2f} "
-                        f"({name(high)})")
+                        f"{np.mean(lifts[least]):.2f} ({name(least)}) to "
+                        f"{np.mean(lifts[most]):.2f} ({name(most)})")
         file = f"digits_{100 * cell['rare_ratio']:g}pct" if digits else (
             f"ratios_digit{cell['rare_digit']}")
         file += f"_{len(lines)}.png" if any(f"{file}.png" in line for line in lines) else ".png"
         (digits_figure if digits else ratios_figure)(root / file, several)
-        answers.append(f"**By {'digit, at' if digits else 'ratio,'} {where}**, with local codes: "
-                       + "; ".join(said) + ".")
-        lines += [f"## By {'digit, at' if digits else 'ratio,'} {where}",
-                  criteria_table({f"{m}, {name(v)}": runs for m, found in several.items()
-                                  for v, runs in found.items()}, {}), f"![{where}]({file})",
-                  "" if digits else "Bars: standard deviation over seeds."]
+        answers.append(f"**By {where}**, with local codes: {'; '.join(said)}.")
+        lines.append(f"![By {where}]({file})")
     return "\n\n".join(answers), lines
 
 
-def downstream_section(root: Path, models: dict[str, list]) -> tuple[str, list[str]]:
+def downstream_section(root: Path, models: dict[str, list], title: str) -> tuple[str, list[str]]:
     """Whether a classifier gains by images of the models, paired with the alternatives by seed: the
-    answer and its paragraphs, empty without results.
+    answer and its tables, empty without results.
     """
     arms: dict[str, dict] = {}  # name -> seed -> metrics
     for m, runs in models.items():
@@ -929,7 +924,8 @@ def downstream_section(root: Path, models: dict[str, list]) -> tuple[str, list[s
     found = {(a, b, k): common.paired(*[[of(name, k)[s] for s in seeds] for name in (a, b)])
              for a, b, k in itertools.product(generated, baselines, both)
              if (seeds := sorted(set(arms[a]) & set(arms[b])))}
-    differences = [[f"{a}: {DOWNSTREAM[k]}", *[found.get((a, b, k), "–") for b in baselines]]
+    differences = [[f"{a}: {DOWNSTREAM[k]}", *[difference(found.get((a, b, k)), 2)
+                                               for b in baselines]]
                    for a, k in itertools.product(generated, both)]
     signs = {(a, k): [found[a, b, k].sign if (a, b, k) in found else 0 for b in baselines]
              for a, k in itertools.product(generated, both)}
@@ -946,20 +942,11 @@ def downstream_section(root: Path, models: dict[str, list]) -> tuple[str, list[s
                else f"No model's images are shown to be better {against}. Those of the highest "
                f"mean, {best}, are {'; '.join(said)}")
     steps = sorted({metrics["steps"] for found in arms.values() for metrics in found.values()})
-    return f"{verdict}.", [
-            "### Does adding generated images help a classifier?", f"{verdict}.",
-            common.table(["added", "n", *[f"{title} (%)" for title in DOWNSTREAM.values()]], rows),
-            "Differences in points, paired by seed:",
-            common.table(["", *[f"against {b}" for b in baselines]], differences),
-            "A classifier each, with the same first weights and "
-            f"{' or '.join(f'{n:,}' for n in steps)} steps, on the training images and as many "
-            "added ones as make the classes equal; F1 is weighted as if the test classes were "
-            "equal. The models saw validation images too (for epoch and temperature), "
-            "the classifiers did not. Intervals cover seeds, not the one test set, and are not "
-            "corrected for the number of comparisons. The neighbours of local codes are of the "
-            "same class here, their label is that of the image they are drawn around. For "
-            "context, not as a comparison (other protocol, net and class sizes): DeepSMOTE "
-            "(Dablain et al. 2022) reports 96.09 % balanced accuracy and 96.03 % F1 on MNIST."]
+    title = title.capitalize()
+    return f"**{title}: does adding generated images help a classifier?** {verdict}.", [
+        f"### {title}, {' or '.join(f'{n:,}' for n in steps)} steps",
+        common.table(["added", "n", *[f"{name} (%)" for name in DOWNSTREAM.values()]], rows),
+        common.table(["difference in points", *[f"against {b}" for b in baselines]], differences)]
 
 
 def value(run: dict, sampler: str, key: str) -> float | None:
@@ -987,19 +974,21 @@ def values(runs: list, sampler: str, key: str) -> list:
     return [v for run in runs if (v := value(run, sampler, key)) is not None]
 
 
+def show(runs: list, sampler: str, key: str, digits: int = 2) -> str:
+    return common.mean_std(values(runs, sampler, key), digits)
+
+
 def heads(models: dict[str, list]) -> dict[str, str]:
     """Of each model that has it its own sampler."""
     own = {m: HEADLINE[runs[0]["config"]["model"]] for m, runs in models.items()}
     return {m: s for m, s in own.items() if values(models[m], s, "rare_lift")}
 
 
-def tables(models: dict[str, list]) -> list[str]:
-    """The numbers on one rare class."""
-    head, differences = heads(models), comparison_table(models)
-    return [lift_table(models, head), quality_table(models, head),
-            "### Criteria", criteria_table(models, head),
-            *(["### Differences", differences] if differences else []), temperature_table(models),
-            geometry_table(models)]
+def with_samplers(models: dict[str, list]) -> list[tuple[str, str, list]]:
+    """(model, sampler, runs) for every model with its own sampler, local and pullback codes."""
+    return [(m, s, runs) for m, runs in models.items()
+            for s in dict.fromkeys([heads(models).get(m, "local"), "local", "pullback"])
+            if values(runs, s, "fid")]
 
 
 def pictures(root: Path, models: dict[str, list], stem: str) -> list[str]:
@@ -1046,15 +1035,11 @@ def pictures(root: Path, models: dict[str, list], stem: str) -> list[str]:
     return lines
 
 
-def answer(title: str, models: dict, whole: bool = True) -> str:
-    """The question answered: which models keep the rare class and, if wanted whole, the numbers of
-    each, and what sampler and geometry change.
+def answer(title: str, models: dict) -> str:
+    """The question answered: which models keep the rare class, and what sampler and geometry
+    change.
     """
     head = heads(models)
-    show = lambda m, s, key: common.mean_std(values(models[m], s, key))
-    said = [f"- {m} with {s} codes: calibrated lift {show(m, s, 'calibrated_lift')}, clear lift "
-            f"{show(m, s, 'clear_lift')}, {show(m, s, 'coverage_ratio')} of the "
-            f"coverage of real images (n={len(models[m])})." for m, s in head.items()]
 
     def verdict(of: dict) -> str:
         """Which models keep the rare class, and of which noise alone may say that they do not."""
@@ -1076,13 +1061,14 @@ def answer(title: str, models: dict, whole: bool = True) -> str:
     text = (f"With its own sampler and by the criteria below, {verdict(head)}; with local codes "
             f"{verdict(dict.fromkeys(models, 'local'))}{few}."
             if head else "No model with its own sampler yet.")
-    for what, found in comparisons(models) if whole else []:
+    said = []
+    for what, found in comparisons(models):
         outcome = [f"{word} {', '.join(names)}" for word, sign in [("better", 1), ("worse", -1)]
                    if (names := [f"{name} ({d.signed(d.mean)}, {d.interval()})" for name, d in
                                  found.items() if d.sign * COMPARED[name][2] == sign])]
         said.append(f"- {what} (n={max(d.n for d in found.values())}): "
                     f"{'; '.join(outcome) or 'nothing that can be told from noise'}.")
-    return "\n".join([f"**{title}.** {text}", *(["", *said] if whole else [])])
+    return "\n".join([f"**{title}.** {text}", *["", *said] * bool(said)])
 
 
 def comparisons(models: dict) -> list[tuple[str, dict]]:
@@ -1113,18 +1099,19 @@ def comparisons(models: dict) -> list[tuple[str, dict]]:
     return found
 
 
+def difference(d: common.Difference | None, n: int) -> str:
+    """Mean and interval, bold where that excludes zero; n if over fewer than n pairs."""
+    if d is None or d.n < 2:
+        return "–" if d is None else d.signed(d.mean)
+    bold = "**" * abs(d.sign)
+    return f"{bold}{d.signed(d.mean)}{bold} ({d.interval()}" + f"; n={d.n}" * (d.n < n) + ")"
+
+
 def comparison_table(models: dict) -> str:
     found = comparisons(models)
     if not found:
         return ""
-
-    def cell(d, n: int) -> str:
-        if d is None or d.n < 2:
-            return "–" if d is None else d.signed(d.mean)
-        bold = "**" * abs(d.sign)
-        return f"{bold}{d.signed(d.mean)}{bold} ({d.interval()}" + f"; n={d.n}" * (d.n < n) + ")"
-
-    rows = [[what, n, *[cell(of.get(name), n) for name in COMPARED]]
+    rows = [[what, n, *[difference(of.get(name), n) for name in COMPARED]]
             for what, of in found for n in [max(d.n for d in of.values())]]
     return common.table(["", "n", *COMPARED], rows) + (
         "\n\nMean difference over n pairs of the same seed and its 95 % t-interval, bold where "
@@ -1140,7 +1127,6 @@ def met(name: str, found: list[float]) -> bool:
 
 
 def lift_table(models: dict, head: dict) -> str:
-    show = lambda runs, s, key, digits=2: common.mean_std(values(runs, s, key), digits)
     first = next(iter(models.values()))[0]["metrics"]
     rows = [["real test images, half of them", "", "", f"{real['rare_lift']:.2f}", "",
              f"{real['calibrated_lift']:.2f}", f"{real['calibrated_lift_low']:.2f}–"
@@ -1185,14 +1171,13 @@ def quality_table(models: dict, head: dict) -> str:
         for s in dict.fromkeys([head.get(m, "local"), "local"]):
             if not values(runs, s, "rare_n"):
                 continue
-            show = lambda key, digits=2, runs=runs, s=s: common.mean_std(
-                values(runs, s, key), digits)
             for name, which in [(f"{m}, {s}", "rare"), ("– as many real images", "rare_real")]:
                 rows.append([name, len(runs), f"{np.mean(values(runs, s, 'rare_n')):.0f}",
-                             *[show(f"{which}.{k}", 3 if k == "kid" else 2)
+                             *[show(runs, s, f"{which}.{k}", 3 if k == "kid" else 2)
                                for k in ["kid", "precision", "density", "coverage"]],
-                             *([show("copying"), show("copying_rare"),
-                                show("seconds_to_sample", 0)] if which == "rare" else [""] * 3)])
+                             *([show(runs, s, "copying"), show(runs, s, "copying_rare"),
+                                show(runs, s, "seconds_to_sample", 0)] if which == "rare" else
+                               [""] * 3)])
         for which in ["train", "test"]:
             both = [r["metrics"][f"copying_{which}_reconstructions"] for r in runs]
             rows.append([f"– its reconstructions of {which} images", len(runs), "", *[""] * 4,
@@ -1208,14 +1193,9 @@ def quality_table(models: dict, head: dict) -> str:
         "test images: 1 is as new as a test image, 0 a copy.")
 
 
-def criteria_table(models: dict, own: dict) -> str:
-    """What counts as keeping the rare class, for every model with its `own` sampler, if one is
-    named, with local and with pullback codes.
-    """
-    shown = [(m, s, runs) for m, runs in models.items()
-             for s in dict.fromkeys([own.get(m, "local"), "local", "pullback"])
-             if values(runs, s, "fid")]
-    rows = [[f"{m}, {s}",
+def criteria_table(shown: list[tuple[str, str, list]]) -> str:
+    """What counts as keeping the rare class, for (model, sampler, runs)."""
+    rows = [[f"{m}, {s}", len(runs),
              *[f"{common.mean_std(found, 3)} {'met' if met(name, found) else 'missed'}"
                + ", within noise" * within_noise(name, found, runs, s)
                if (found := values(runs, s, key)) else "–"
@@ -1223,13 +1203,8 @@ def criteria_table(models: dict, own: dict) -> str:
     title = lambda name, low, high: f"{name} " + (
         f"≤ {high:g}" if low == -math.inf else f"≥ {low:g}" if high == math.inf else
         f"{low:g}–{high:g}")
-    return common.table(["", *[title(name, *span) for name, (_, *span) in CRITERIA.items()]],
-                        rows) + (
-        "\n\nMet or missed by the mean over seeds. Within noise: a limit lies in the 95 % "
-        "t-interval of that mean, of the calibrated lift widened by what the classifier's "
-        "confusion leaves open; other seeds may decide otherwise. Over one seed there is only the "
-        "interval of the lift within the run, and nothing is concluded. The limits were fixed "
-        "after a first version of the published seeds had been seen.")
+    return common.table(["model, sampler", "n", *[title(name, *span)
+                                                  for name, (_, *span) in CRITERIA.items()]], rows)
 
 
 def within_noise(name: str, found: list[float], runs: list, sampler: str = "local") -> bool:
@@ -1250,8 +1225,7 @@ def temperature_table(models: dict) -> str:
     keys = ["fid", "calibrated_lift", "clear_lift"]
     rows = [[f"{m}, {s}", len(runs),
              common.mean_std([r["metrics"]["temperature"] for r in runs], 3),
-             *[common.mean_std(values(runs, s, which + key)) for key in keys
-               for which in ("temperature_1.", "")]]
+             *[show(runs, s, which + key) for key in keys for which in ("temperature_1.", "")]]
             for m, runs in models.items() for s in SAMPLERS
             if values(runs, s, "temperature_1.fid")]
     if not rows:

@@ -346,10 +346,12 @@ def test_one_latent_dimension_and_a_common_rare_class(tmp_path):
     grid = study.main([*argv, "--rare-digit", "9", "3", "3", "--rare-ratio", "0.1", "0.2"])
     assert len(grid) == 4  # in the same report
     text = (tmp_path / "imbalance_study/glyphs/report.md").read_text()
-    for words in ["## Digit 9 at 50 %", "| ae, digit 3, local |", "## By digit, at 10 %",
-                  "## By digit, at 20 %", "## By ratio, digit 9", "## By ratio, digit 3"]:
+    for words in ["## Digit 3 at 10 %, latent_dim 32",
+                  "| digit 9 at 20 %, latent_dim 32: ae, local |",
+                  "| digit 9 at 50 %, latent_dim 1: ae, local |", "![By digit, at 10 %]",
+                  "![By digit, at 20 %]", "**By share, digit 9**", "**By share, digit 3**"]:
         assert words in text
-    assert "## By digit, at 50 %" not in text
+    assert "By digit, at 50 %" not in text
     assert all((tmp_path / "imbalance_study/glyphs" / name).exists()
                for name in re.findall(r"\]\(([^)]+)\)", text))
 
@@ -435,14 +437,14 @@ def test_the_downstream_answer_follows_the_numbers(tmp_path, gain):
             file.parent.mkdir(exist_ok=True)
             common.save_json(file, {"steps": 9, **dict.fromkeys(
                 study.DOWNSTREAM, 0.8 + 0.001 * seed + more)})
-    text = study.downstream_section(tmp_path, models)[0]
+    text = study.downstream_section(tmp_path, models, "digit 9 at 2 %")[0]
     assert ("ae, local codes: better in balanced accuracy than adding nothing or shifted copies or"
             in text) == bool(gain)
     assert ("No model's images are shown to be better" in text) != bool(gain)
     assert gain or ("ae, local codes, are in balanced accuracy not to be told from nothing, worse "
                     "than shifted copies or SMOTE between ae codes; in recall of the rare class "
                     "not to be told from nothing, worse than") in text
-    assert study.downstream_section(tmp_path / "elsewhere", models) == ("", [])
+    assert study.downstream_section(tmp_path / "elsewhere", models, "") == ("", [])
 
 
 @pytest.mark.parametrize(("lifts", "half", "noise"), [
@@ -457,9 +459,9 @@ def test_a_verdict_that_noise_decides_is_called_so(lifts, half, noise):
         "rare": {"coverage": 0.9}, "rare_real": {"coverage": 0.9}}}, "fid_floor": 0.1}}
         for v in lifts]
     assert study.within_noise("calibrated lift", lifts, runs) == noise
-    row = study.criteria_table({"ae": runs}, {}).splitlines()[2].split("|")
-    assert "met" in row[2] and ("within noise" in row[2]) == noise
-    assert "within noise" not in "".join(row[3:])  # the others are the same for all seeds
+    row = study.criteria_table([("ae", "local", runs)]).splitlines()[2].split("|")
+    assert "met" in row[3] and ("within noise" in row[3]) == noise
+    assert "within noise" not in "".join(row[4:])  # the others are the same for all seeds
 
 
 def test_differences_are_paired_by_seed_and_the_answer_names_them():
