@@ -1016,6 +1016,12 @@ class Difference(NamedTuple):
     def interval(self) -> str:
         return f"{self.signed(self.mean - self.half)} to {self.signed(self.mean + self.half)}"
 
+    def cell(self) -> str:
+        """For a table: mean and interval, the mean bold if that excludes zero; of one pair n=1."""
+        bold = "**" * abs(self.sign)
+        return (f"{bold}{self.signed(self.mean)}{bold} "
+                f"({self.interval() if self.n > 1 else 'n=1'})")
+
     def __str__(self) -> str:
         mean = f"{self.signed(self.mean)}{self.unit}"
         if self.n < 2:

@@ -699,36 +699,33 @@ def answer(groups: dict, datasets: list) -> str:
     said = []
     for dataset in datasets:
         best = {m: found for m in SYSTEMS if (found := best_of(groups, dataset, m))}
-        text = "; ".join(f"{name} {show(runs, 'fid')} (n={len(runs)}, "
-                         f"{runs[0]['config']['epochs']} epochs"
-                         f"{called(runs) if runs[0]['config']['model'] != 'vae' else ''})"
-                         for name, runs in best.values())
-        text = (f"On {common.DATASETS[dataset]} the best of each kind, by FID of validation "
-                f"images among those with the most seeds, have FID: {text}.")
+        said.append(f"- {common.DATASETS[dataset]}: " + "; ".join(
+            f"{name} {show(runs, 'fid')} (n={len(runs)}, {runs[0]['config']['epochs']} epochs"
+            f"{called(runs) if runs[0]['config']['model'] != 'vae' else ''})"
+            for name, runs in best.values()) + ".")
         pairs = list(zip(*common.same_seeds(*[best.get(m, ("", []))[1] for m in ("gan", "vae")]),
                          strict=True))
         if pairs:
             ratio = times(pairs, "fid")
-            text += f" The untuned GAN's is {ratio:.2f} × the VAE's"
+            said.append(f"    - The untuned GAN's is {ratio:.2f} × the VAE's")
             if dataset in SOURCE:
                 a, b = SOURCE[dataset]
-                text += (f", within the 1/6 aimed at for "
-                         f"{often([times([pair], 'fid') <= 1 / 6 for pair in pairs])}; the source "
-                         f"claims 1/{b / a:.0f}")
-            text += "; the VAE's is lower." if ratio > 1 else "."
-        if "vae-gan" in best and (pairs := with_parents(groups, best["vae-gan"][1])):
-            text += (f" The hybrid has {times(pairs, 'fid'):.2f} × the FID of its VAE, "
-                     f"{variant(pairs[0][1]['config'])}, and "
-                     f"{times(pairs, 'elbo', 'reconstruction'):.2f} × its reconstruction loss "
-                     f"(n={len(pairs)}).")
+                said[-1] += (f", within the 1/6 aimed at for "
+                             f"{often([times([pair], 'fid') <= 1 / 6 for pair in pairs])}; the "
+                             f"source claims 1/{b / a:.0f}")
+            said[-1] += "; the VAE's is lower." if ratio > 1 else "."
         if "tuned-gan" in best and dataset in SOURCE:
             over = np.divide(*[get(best["tuned-gan"][1], *key)
                                for key in [("fid",), ("scale", "real", "fid")]])
             goal = {"mnist": 10, "fashion-mnist": 15}[dataset]
-            text += (f" The tuned GAN's is {over.mean():.1f} × the floor, within the {goal} × "
-                     f"aimed at for {often(over <= goal)}.")
-        said.append(text)
-    return "**Answer.** " + " ".join(said)
+            said.append(f"    - The tuned GAN's is {over.mean():.1f} × the floor, within the "
+                        f"{goal} × aimed at for {often(over <= goal)}.")
+        if "vae-gan" in best and (pairs := with_parents(groups, best["vae-gan"][1])):
+            said.append(f"    - The hybrid's is {times(pairs, 'fid'):.2f} × that of its VAE, "
+                        f"{variant(pairs[0][1]['config'])}, its reconstruction loss "
+                        f"{times(pairs, 'elbo', 'reconstruction'):.2f} × (n={len(pairs)}).")
+    return "\n".join(["**Answer.** FID of the best of each kind, by that of validation images, "
+                      "among those with the most seeds:", "", *said])
 
 
 def results_table(groups: dict) -> str:
@@ -1004,45 +1001,36 @@ def answer_collapse(groups: dict) -> str:
                if vaes else ""))
 
 
-def paired(what: str, a: list, b: list, *keys: str) -> str:
-    """'<what>: <difference a - b over the seeds both have>.'"""
-    a, b = common.same_seeds(a, b)
-    if not a:
-        return f"{what}: no seed in common."
-    return f"{what}: {common.paired(get(a, *keys), get(b, *keys))}."
-
-
 def answer_latent(vaes: dict) -> str:
     """Reconstruction and FID by latent dimension; whether the one follows the other."""
-    said = []
+    rows, told = [], {"follows": [], "does not follow": [], "cannot be told to follow": []}
     alike: dict[tuple, list] = {}
     for runs in pick(vaes, None, "vae").values():
         alike.setdefault((runs[0]["config"]["dataset"], rest(runs[0], "latent_dim")),
                          []).append(runs)
     for (dataset, _), runs_of in alike.items():
         runs_of.sort(key=lambda runs: runs[0]["config"]["latent_dim"])
-        if len(runs_of) < 2:
-            continue
-        dim = lambda runs: runs[0]["config"]["latent_dim"]
-        signs = []
-        for what, keys in [("reconstruction (nats)", ("elbo", "reconstruction")),
-                           ("FID", ("fid",))]:
-            trend = "; ".join(f"{dim(runs)}: {show(runs, *keys)} (n={len(runs)})"
-                              for runs in runs_of)
-            steps = [paired(f"{dim(b)} against {dim(a)}", b, a, *keys)
-                     for a, b in itertools.combinations(runs_of, 2)]
-            said.append(f"{common.DATASETS[dataset]}, {what} by latent dimension: {trend}. "
-                        + " ".join(steps))
-            signs.append([common.paired(*(get(of, *keys) for of in both)).sign if both[0] else 0
-                          for pair in itertools.pairwise(runs_of)
-                          for both in [common.same_seeds(*pair[::-1])]])
-        for (a, b), r, f in zip(itertools.pairwise(runs_of), *signs, strict=True):
-            words = {1: "worse", -1: "better"}
-            said[-1] += f" From {dim(a)} to {dim(b)}, " + (
-                "whether FID follows the reconstruction cannot be told." if 0 in (r, f) else
-                f"FID {'follows' if r == f else 'does not follow'} the reconstruction: that gets "
-                f"{words[r]}, FID {words[f]}.")
-    return "\n\n".join(said) or "It cannot be told: no two VAEs of a dataset differ in it."
+        for before, runs in itertools.pairwise([None, *runs_of] if len(runs_of) > 1 else []):
+            dim, keys = runs[0]["config"]["latent_dim"], [("elbo", "reconstruction"), ("fid",)]
+            both = common.same_seeds(runs, before or [])
+            steps = [common.paired(*(get(of, *key) for of in both)) if both[0] else None
+                     for key in keys]
+            if before:
+                r, f = (step.sign if step else 0 for step in steps)
+                told["cannot be told to follow" if 0 in (r, f) else "follows" if r == f else
+                     "does not follow"].append(f"{common.DATASETS[dataset]} "
+                                               f"{before[0]['config']['latent_dim']} to {dim}")
+            rows.append([f"{common.DATASETS[dataset]}, {dim}", len(runs),
+                         *[cell for key, step in zip(keys, steps, strict=True) for cell in (
+                             show(runs, *key), step.cell() if step else "–" if before else "")]])
+    if not rows:
+        return "It cannot be told: no two VAEs of a dataset differ in it."
+    return ("From one dimension to the next, FID " + "; ".join(
+        f"{words} the reconstruction: {', '.join(steps)}" for words, steps in told.items() if steps)
+        + ".\n\n" + common.table(
+            ["latent dimension", "n", "reconstruction (nats)", "against the one above", "FID",
+             "against the one above"], rows) + (
+        "\n\nDifferences over the seeds of both, bold where the interval excludes zero."))
 
 
 def with_parents(groups: dict, runs: list) -> list[tuple[dict, dict]]:
@@ -1061,16 +1049,14 @@ def times(pairs: list[tuple[dict, dict]], *keys) -> float:
 
 
 def answer_hybrid(groups: dict) -> str:
-    said = []
+    """Every hybrid beside the VAE it began as and the best GANs."""
+    said, rows, fid, reconstruction = [], [], ("fid",), ("elbo", "reconstruction")
     for name, runs in pick(groups, None, "vae-gan").items():
         c = runs[0]["config"]
-        text = [f"{name} (n={len(runs)}): FID {show(runs, 'fid')}, test reconstruction "
-                f"{show(runs, 'elbo', 'reconstruction')} nats; validation FID at the end of its "
-                "stages " + ", ".join(
-                    common.mean_std([r["history"][e - 1]["val_fid"] for r in runs])
-                    for e in range(c["stage_epochs"], c["epochs"] + 1, c["stage_epochs"]))]
+        ends = range(c["stage_epochs"], c["epochs"] + 1, c["stage_epochs"])
+        row = [f"{name}, {c['epochs']} epochs", len(runs), " / ".join(common.mean_std([
+            r["history"][e - 1]["val_fid"] for r in runs]) for e in ends), show(runs, *fid)]
         if pairs := with_parents(groups, runs):
-            fid, reconstruction = ("fid",), ("elbo", "reconstruction")
             change = common.paired(*(np.log(get(of, *fid)) for of in zip(*pairs, strict=True)))
             half, kept = ([times([pair], *keys) <= most for pair in pairs]
                           for keys, most in [(fid, 0.5), (reconstruction, 1.1)])
@@ -1080,26 +1066,36 @@ def answer_hybrid(groups: dict) -> str:
                            0: "whether its samples are better cannot be told"}[change.sign],
                        (False, False): "neither"}
             agreed = len(set(half)) == len(set(kept)) == 1
-            text.append(
-                f"{times(pairs, *fid):.2f} × the FID of its VAE at that one's best epoch (at most "
-                f"half for {often(half)}) and {times(pairs, *reconstruction):.2f} × its "
-                f"reconstruction (within 10 % for {often(kept)}), after {c['epochs']} epochs "
-                f"against {c['stage_epochs']}: "
-                + ("at one seed " if len(pairs) == 1 else "")
-                + (verdict[half[0], kept[0]] if agreed else "the seeds disagree") + called(runs)
-                + f"; log FID: {change}; recall " + " against ".join(
-                    show(list(of), "recall") for of in zip(*pairs, strict=True)))
-        for model, kind in [("gan", "untuned"), ("tuned-gan", "tuned")]:
-            if gan := best_of(groups, c["dataset"], model):
-                a, b = (np.log(get(of, "fid")) for of in common.same_seeds(runs, gan[1]))
-                text.append(f"{math.exp(np.mean(a - b)):.2f} × the FID of the best {kind} GAN, "
-                            f"{gan[0]}, after {c['epochs']} epochs against "
-                            f"{gan[1][0]['config']['epochs']} (log FID: {common.paired(a, b)})"
-                            if len(a) else f"no seed in common with the best {kind} GAN, {gan[0]}")
-        said.append("; ".join(text) + ".")
+            said.append(f"{name}: " + "at one seed " * (len(pairs) == 1)
+                        + (verdict[half[0], kept[0]] if agreed else "the seeds disagree")
+                        + called(runs))
+            row += [f"{ratio(change)}; at most half for {often(half)}",
+                    f"{times(pairs, *reconstruction):.2f} ×; within 10 % for {often(kept)}",
+                    " against ".join(show(list(of), "recall") for of in zip(*pairs, strict=True))]
+        else:
+            said.append(f"{name}: no VAE to compare it with{called(runs)}")
+            row += [""] * 3
+        for model in ["gan", "tuned-gan"]:
+            gan = best_of(groups, c["dataset"], model)
+            a, b = (np.log(get(of, *fid)) for of in common.same_seeds(runs, gan[1] if gan else []))
+            row.append(f"{ratio(common.paired(a, b))} {gan[0]}, {gan[1][0]['config']['epochs']} "
+                       "epochs" if len(a) else "–")
+        rows.append(row)
     if not said:
         return "It cannot be told: no hybrid has been trained."
-    return "\n\n".join([*said, "Unlike the GANs, a hybrid also reconstructs."])
+    return "; ".join(said) + ".\n\n" + common.table(
+        ["hybrid", "n", "validation FID after each stage", "FID", "over its VAE's",
+         "reconstruction over its VAE's", "recall against its VAE's",
+         "FID over the best untuned GAN's", "over the best tuned GAN's"], rows) + (
+        "\n\nRatios are geometric means over the seeds of both, with their intervals. Its VAE is "
+        "the run with the epochs of one stage, at its best. Unlike the GANs, a hybrid also "
+        "reconstructs.")
+
+
+def ratio(logs: common.Difference) -> str:
+    """exp of a difference of logs: '0.47 × (0.31 to 0.71)'."""
+    low, high = (math.exp(min(logs.mean + end, 9)) for end in (-logs.half, logs.half))
+    return f"{math.exp(logs.mean):.2f} ×" + f" ({low:.2f} to {high:.2f})" * (logs.n > 1)
 
 
 # --------------------------------------------------------------------------------------------- main

@@ -924,8 +924,8 @@ def downstream_section(root: Path, models: dict[str, list], title: str) -> tuple
     found = {(a, b, k): common.paired(*[[of(name, k)[s] for s in seeds] for name in (a, b)])
              for a, b, k in itertools.product(generated, baselines, both)
              if (seeds := sorted(set(arms[a]) & set(arms[b])))}
-    differences = [[f"{a}: {DOWNSTREAM[k]}", *[difference(found.get((a, b, k)), 2)
-                                               for b in baselines]]
+    differences = [[f"{a}: {DOWNSTREAM[k]}", *[found[a, b, k].cell() if (a, b, k) in found else
+                                               "–" for b in baselines]]
                    for a, k in itertools.product(generated, both)]
     signs = {(a, k): [found[a, b, k].sign if (a, b, k) in found else 0 for b in baselines]
              for a, k in itertools.product(generated, both)}
@@ -1099,19 +1099,12 @@ def comparisons(models: dict) -> list[tuple[str, dict]]:
     return found
 
 
-def difference(d: common.Difference | None, n: int) -> str:
-    """Mean and interval, bold where that excludes zero; n if over fewer than n pairs."""
-    if d is None or d.n < 2:
-        return "–" if d is None else d.signed(d.mean)
-    bold = "**" * abs(d.sign)
-    return f"{bold}{d.signed(d.mean)}{bold} ({d.interval()}" + f"; n={d.n}" * (d.n < n) + ")"
-
-
 def comparison_table(models: dict) -> str:
     found = comparisons(models)
     if not found:
         return ""
-    rows = [[what, n, *[difference(of.get(name), n) for name in COMPARED]]
+    rows = [[what, n, *["–" if (d := of.get(name)) is None else
+                        d.cell() + f", n={d.n}" * (1 < d.n < n) for name in COMPARED]]
             for what, of in found for n in [max(d.n for d in of.values())]]
     return common.table(["", "n", *COMPARED], rows) + (
         "\n\nMean difference over n pairs of the same seed and its 95 % t-interval, bold where "

@@ -385,31 +385,31 @@ def test_the_third_answer_follows_the_numbers(step, sign):
     vaes = {str(d): [run("vae", 9, seed, latent_dim=d, elbo={
         "reconstruction": 80 + step * i + 0.1 * seed}) for seed in range(3)]
         for i, d in enumerate([8, 16, 32])}
-    text = study.answer_latent(vaes).split("\n\n")[0]
-    assert f"16 against 8: a significant difference at n=3 ({sign}4.00" in text
-    assert "whether FID follows the reconstruction cannot be told" in study.answer_latent(vaes)
+    text = study.answer_latent(vaes)
+    assert f"| **{sign}4.00** ({sign}4.00" in text.split("| MNIST, 16 |")[1].split("| MNIST")[0]
+    assert text.startswith("From one dimension to the next, FID cannot be told to follow the "
+                           "reconstruction: MNIST 8 to 16, MNIST 16 to 32.")
     short = {"short": [run("vae", 9, 7, latent_dim=64, epochs=3,
                            elbo={"reconstruction": 5.0})]}
     assert study.answer_latent(vaes | short) == study.answer_latent(vaes)  # not comparable
-    one = {k: runs[:1] for k, runs in vaes.items()}
-    assert "(n=1: no conclusion). 32" in study.answer_latent(one)
+    one = study.answer_latent({k: runs[:1] for k, runs in vaes.items()})
+    assert "4.00 (n=1)" in one and "cannot be told to follow" in one
     for fid, word in [(step, "follows"), (-step, "does not follow")]:
         for i, runs in enumerate(vaes.values()):
             for r in runs:
                 r["metrics"]["fid"] = 20 + fid * i + 0.1 * r["config"]["seed"]
-        better = {True: "better", False: "worse"}
-        assert (f"FID {word} the reconstruction: that gets {better[step < 0]}, FID "
-                f"{better[fid < 0]}.") in study.answer_latent(vaes)
+        assert (f"FID {word} the reconstruction: MNIST 8 to 16, MNIST 16 to 32."
+                in study.answer_latent(vaes))
     for r in vaes["32"]:  # as in the smallest: it follows in one of the two steps
         r["metrics"]["fid"] = 20 + 0.1 * r["config"]["seed"]
-    text = study.answer_latent(vaes)
-    assert "From 8 to 16, FID does not follow" in text and "From 16 to 32, FID follows" in text
+    assert ("FID follows the reconstruction: MNIST 16 to 32; does not follow the reconstruction: "
+            "MNIST 8 to 16.") in study.answer_latent(vaes)
 
 
 @pytest.mark.parametrize(("fid", "rec", "words"), [
-    (3, 80, "(at most half for 3 of 3 seeds) and 1.00 × its reconstruction (within 10 % for 3"),
+    (3, 80, "at most half for 3 of 3 seeds | 1.00 ×; within 10 % for 3 of 3"),
     (13, 80, "it still reconstructs, but its samples are worse"), (8, 80, "but gains too little"),
-    (9, 80, "(at most half for 0 of 3 seeds)"), (3, 99, "(within 10 % for 0 of 3 seeds)")])
+    (9, 80, "; at most half for 0 of 3 seeds"), (3, 99, "; within 10 % for 0 of 3 seeds")])
 def test_the_fourth_answer_follows_the_numbers(fid, rec, words):
     def hybrid(fid, seed):
         return run("vae-gan", fid, seed, latent_dim=8, epochs=30, stage_epochs=10,
@@ -420,11 +420,12 @@ def test_the_fourth_answer_follows_the_numbers(fid, rec, words):
               "h": [hybrid(fid, s) for s in range(3)],
               "g": [run("gan", 2, s, loss="bce", z_dim=8) for s in range(3)]}
     text = study.answer_hybrid(groups)
-    assert words in text and f"{fid / 2:.2f} × the FID of the best untuned GAN" in text
-    assert "at the end of its stages 10.00 ± 0.00, 20.00 ± 0.00, 30.00 ± 0.00" in text
+    assert words in text and f"| {fid / 2:.2f} × ({fid / 2:.2f} to {fid / 2:.2f}) g, 10" in text
+    assert "| 10.00 ± 0.00 / 20.00 ± 0.00 / 30.00 ± 0.00 |" in text
+    assert text.startswith("h: both as hoped.") == (fid == 3 and rec == 80)
     first = study.answer(groups, ["mnist"])
-    assert f"The hybrid has {fid / 10:.2f} × the FID of its VAE" in first
-    assert f"{rec / 80:.2f} × its reconstruction loss (n=3)." in first
+    assert f"The hybrid's is {fid / 10:.2f} × that of its VAE" in first
+    assert f"its reconstruction loss {rec / 80:.2f} × (n=3)." in first
     groups["h"][0]["metrics"]["recall"] = 0.1
     for text in [study.answer(groups, ["mnist"]), study.answer_hybrid(groups)]:
         assert ", called collapsed for 1 of 3 seeds (recall 0.1 < 0.2)" in text
@@ -432,4 +433,5 @@ def test_the_fourth_answer_follows_the_numbers(fid, rec, words):
     assert ("cannot be told" in study.answer_hybrid(once)) == (fid > 5 and rec == 80)
     groups["h"][1]["metrics"]["fid"] = 40 if fid < 5 else 1
     text = study.answer_hybrid(groups)
-    assert "the seeds disagree" in text and f"at most half for {2 if fid < 5 else 1} of 3" in text
+    assert "h: the seeds disagree" in text
+    assert f"at most half for {2 if fid < 5 else 1} of 3" in text
