@@ -154,6 +154,19 @@ def pick_device(name: str) -> torch.device:
     return torch.device(chosen)
 
 
+@contextlib.contextmanager
+def full_precision() -> Iterator[None]:
+    """Float32 without TF32, whose rounding of logits would cost log p(x) more than 0.05 nats."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False  # of convolutions
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
+
+
 def seed_from(*key: int | str) -> int:
     """One 63-bit seed from a key such as (seed, "train", epoch): a stream for every purpose."""
     entropy = [zlib.crc32(part.encode()) if isinstance(part, str) else part for part in key]
@@ -752,8 +765,9 @@ def open_runs(folders: Sequence[Path], configs: Sequence[dict], args) -> None:
     if args.tensorboard:
         summary_writer(None)
     for folder, config in zip(folders, configs, strict=True):
-        there = load_json(folder / "config.json") if (folder / "config.json").exists() else config
-        for key in [*config, *there] if not args.fresh else []:
+        file = folder / "config.json"
+        there = load_json(file) if file.exists() and not args.fresh else config
+        for key in [*config, *there]:
             if config.get(key) != there.get(key):
                 raise UserError(f"{folder} holds a run with {key} = {there.get(key)}, not "
                                 f"{config.get(key)}; --fresh replaces it, another --out-dir keeps "
@@ -810,9 +824,9 @@ def save_epoch(folder: Path, config: dict, history: list[dict], parts: dict, bes
 
 
 def write_reports(report, base: Path, dataset: str | None) -> dict:
-    """Call `report(folder)` for the dataset's folder, or without a name for each that is there."""
+    """Call `report(folder)` for the dataset's folder, or without a name for each with a result."""
     roots = [base / d for d in ([dataset] if dataset else DATASETS)]
-    for root in [r for r in roots if r.exists()] or roots[:1]:
+    for root in [r for r in roots if any(r.glob("*/seed_*/final_metrics.json"))] or roots[:1]:
         report(root)
         print(f"report: {root / 'report.md'}")
     return {}
@@ -852,7 +866,7 @@ def code_version() -> str:
     try:
         commit = git("describe", "--always").stdout.strip()
         changed = git("diff", "--quiet", "HEAD", "--", "*.py").returncode == 1
-        return commit + "-dirty" * changed or "unknown"
+        return commit + "-dirty" * changed if commit else "unknown"  # a copy without .git
     except OSError:  # no git on this machine
         return "unknown"
 
@@ -1002,7 +1016,6 @@ class Difference(NamedTuple):
     mean: float
     half: float
     n: int
-    unit: str
     digits: int
 
     @property
@@ -1023,17 +1036,17 @@ class Difference(NamedTuple):
                 f"({self.interval() if self.n > 1 else 'n=1'})")
 
     def __str__(self) -> str:
-        mean = f"{self.signed(self.mean)}{self.unit}"
+        mean = self.signed(self.mean)
         if self.n < 2:
             return f"{mean} (n={self.n}: no conclusion)"
         return (f"{'a' if self.sign else 'no'} significant difference at n={self.n} ({mean}, 95 % "
                 f"interval {self.interval()})")
 
 
-def paired(a: Sequence[float], b: Sequence[float], unit: str = "", digits: int = 2) -> Difference:
+def paired(a: Sequence[float], b: Sequence[float], digits: int = 2) -> Difference:
     """The mean difference a - b over paired seeds."""
     from scipy.stats import t  # comes with scikit-learn
 
     d, n = np.subtract(a, b), len(a)
     half = t.ppf(0.975, n - 1) * d.std(ddof=1) / math.sqrt(n) if n > 1 else math.inf
-    return Difference(d.mean(), half, n, unit, digits)
+    return Difference(d.mean(), half, n, digits)

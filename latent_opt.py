@@ -61,8 +61,8 @@ def parse_args(argv=None):
          help="rate of the optimised latents")
     flag("--latent-steps", type=number(int, 1), default=2,
          help="steps of a batch's latents for each step of the decoder")
-    flag("--latent-dim", type=number(int, 1), default=200, help="dimensions of z")
-    flag("--sigma", type=number(float, 0, above=True), default=0.4,
+    flag("--latent-dim", type=number(int, 1, 784), default=200, help="dimensions of z")
+    flag("--sigma", type=number(float, 1e-3), default=0.4,
          help="standard deviation of a pixel given z")
     flag("--test-images", type=number(int, 20), default=1000,
          help="stratified test images whose gaps and log p(x) are measured; a fifth as many of "
@@ -222,10 +222,8 @@ def pca_posterior(x: Tensor, latent_dim: int, sigma: float):
     values, vectors = values.flip(0)[:latent_dim], vectors.flip(1)[:, :latent_dim]
     signal = values > sigma**2
     pull = (vectors * torch.where(signal, (values - sigma**2).clamp(min=0).sqrt() / values, 0))
-    pull = F.pad(pull, (0, latent_dim - pull.shape[1])).float().to(x.device)
     logvar = torch.where(signal, (sigma**2 / values).log(), 0)
-    logvar = F.pad(logvar, (0, latent_dim - len(logvar))).float().to(x.device)
-    mean = flat.mean(0).float().to(x.device)
+    mean, pull, logvar = (v.float().to(x.device) for v in (flat.mean(0), pull, logvar))
     return lambda x: ((x.flatten(1) - mean) @ pull, logvar.expand(len(x), -1))
 
 
@@ -293,7 +291,8 @@ def train(kind: str, config: dict, x: Tensor, x_val: Tensor, folder: Path, args)
         if not losses.isfinite().all():
             bad = (~losses.isfinite().all(1)).nonzero()[0].item() + 1
             raise common.UserError(f"the loss of {title} is not finite in epoch {epoch}, step "
-                                   f"{bad}; {folder} keeps epoch {epoch - 1}; try a lower --lr")
+                                   f"{bad}; {folder} keeps epoch {epoch - 1}; try a lower --lr"
+                                   + " or --latent-lr" * (kind == "latent_opt"))
         row = {"epoch": epoch, **dict(zip(["loss", "reconstruction", "kl"],
                                           losses.mean(0).tolist(), strict=True))}
         row["seconds"] = time.perf_counter() - began
@@ -365,8 +364,6 @@ def log_px(decoder, x: Tensor, mu: Tensor, sigma: float, k: int) -> tuple[Tensor
     the effective sample size: (B,) float64 on the CPU each.
     """
     torch.manual_seed(common.seed_from("log p(x)"))  # whatever was drawn before
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
     found = []
     for c, m in zip(x.split(20), mu.split(20), strict=True):
         proposal = common.laplace(lambda z: decoder(z).flatten(1), c.flatten(1), m,
@@ -375,7 +372,6 @@ def log_px(decoder, x: Tensor, mu: Tensor, sigma: float, k: int) -> tuple[Tensor
         log_likelihood_of = lambda z, c=c: log_likelihood(
             decoder(z.flatten(0, 1)), c.repeat(len(z), 1, 1, 1), sigma).view(z.shape[:2])
         found.append(common.importance_sampling(log_likelihood_of, *proposal, k, rows=1000))
-    torch.set_float32_matmul_precision(precision)
     return tuple(map(torch.cat, zip(*found, strict=True)))
 
 
@@ -395,19 +391,21 @@ def measure(decoder, start, x: Tensor, sigma: float, k: int) -> dict[str, Tensor
     q = infer(decoder, x, *start, sigma)
     q[0].cpu()  # the clock waits for the device
     seconds = time.perf_counter() - began
-    optimised = elbo(decoder, x, *q, sigma)
-    value, ess = log_px(decoder, x, q[0], sigma, k)
-    return {"start": elbo(decoder, x, *start, sigma), "elbo": optimised, "log_px": value,
-            "ess": ess, "mu": q[0], "seconds": torch.tensor(seconds)}
+    with common.full_precision():
+        value, ess = log_px(decoder, x, q[0], sigma, k)
+        return {"start": elbo(decoder, x, *start, sigma), "elbo": elbo(decoder, x, *q, sigma),
+                "log_px": value, "ess": ess, "mu": q[0], "seconds": torch.tensor(seconds)}
 
 
-def summary(values: Tensor) -> dict[str, float]:
-    """Mean and its standard error over images."""
-    return {"mean": float(values.mean()), "se": float(values.std() / math.sqrt(len(values)))}
+def gaps(found: dict[str, Tensor], y: Tensor | None = None) -> dict:
+    """The gaps of `measure`, as numbers: means over images with their standard errors, nats; of
+    images that are stratified by labels y (B,) the error of a stratified mean.
+    """
+    def summary(values: Tensor) -> dict[str, float]:
+        parts = [values] if y is None else [values[y == digit] for digit in y.unique()]
+        variance = sum(len(v) * v.var() for v in parts) / len(values) ** 2
+        return {"mean": float(values.mean()), "se": float(variance.sqrt())}
 
-
-def gaps(found: dict[str, Tensor]) -> dict:
-    """The gaps of `measure`, as numbers: means over images with their standard errors, nats."""
     return {"start": summary(found["start"]), "elbo": summary(found["elbo"]),
             "log_px": summary(found["log_px"]),
             "start_gap": summary(found["elbo"] - found["start"]),
@@ -420,23 +418,11 @@ def gaps(found: dict[str, Tensor]) -> dict:
 
 
 def compare_starts(decoder, starts: dict, x: Tensor, sigma: float) -> dict[str, dict]:
-    """ELBO of images x after 30 and after all steps from each start, the seconds it took, and how
-    far it is below the best of the starts with as many steps (mean, standard error of that).
+    """Mean ELBO of images x after 30 and after all steps from each start, {start: {steps: nats}}.
     """
-    compared = {}
-    for steps in [30, INFERENCE_STEPS]:
-        found, seconds = {}, {}
-        for name, start in starts.items():
-            began = time.perf_counter()
-            q = infer(decoder, x, *start(x), sigma, steps)
-            q[0].cpu()  # the clock waits for the device
-            seconds[name] = time.perf_counter() - began
-            found[name] = elbo(decoder, x, *q, sigma)
-        best = max(found.values(), key=lambda values: values.mean())
-        for name, values in found.items():
-            compared[f"{name}, {steps} steps"] = {
-                **summary(values), "seconds": seconds[name], "below_best": summary(best - values)}
-    return compared
+    return {name: {str(steps): float(elbo(decoder, x, *infer(decoder, x, *start(x), sigma, steps),
+                                          sigma).mean()) for steps in (30, INFERENCE_STEPS)}
+            for name, start in starts.items()}
 
 
 def digit_mean(values: Tensor, control: Tensor, control_all: Tensor) -> dict[str, float]:
@@ -447,10 +433,10 @@ def digit_mean(values: Tensor, control: Tensor, control_all: Tensor) -> dict[str
     is that of the residual over n plus that of b times the control over N. Source: Cochran 1977,
     chapter 12 (double sampling).
     """
-    centred = control - control.mean()
-    b = (centred * values).sum() / centred.square().sum() * (len(values) >= 10)  # few: plain mean
+    centred, enough = control - control.mean(), len(values) >= 10  # else the plain mean
+    b = (centred * values).sum() / centred.square().sum() * enough
     rest = values - values.mean() - b * centred
-    free = max(1, len(values) - 2)
+    free = max(1, len(values) - 1 - enough)
     return {"mean": float(values.mean() + b * (control_all.mean() - control.mean())),
             "se": float((rest.square().sum() / free / len(values)
                          + b**2 * control_all.var() / len(control_all)).sqrt())}
@@ -480,30 +466,24 @@ def probe(z: Tensor, y: Tensor, z_test: Tensor, y_test: Tensor) -> float:
 
 def ink_test(ink: Tensor, y: Tensor, log_px: Tensor) -> dict:
     """How much of the variance of log p(x) stroke area (the sum of pixels), the digit and both
-    explain; whether the digit adds to the area (F test); log p(x) of each digit at the mean area,
-    nats, None for a digit that hardly ever has so much or so little.
+    explain; whether the digit adds to the area (F test; p is 1 without more images than columns).
 
     Least squares on the area and its square; on the digit; on those with a slope for each digit.
     """
     from scipy.stats import f  # comes with scikit-learn
 
     t = ((ink - ink.mean()) / ink.std()).double()
-    one, target = F.one_hot(y, 10).double(), log_px.double()
-    square, total, rest = t.square()[:, None], (target - target.mean()).square().sum(), {}
+    one, target = F.one_hot(y, 10).double(), log_px.double() - log_px.double().mean()
+    square, total, rest = t.square()[:, None], target.square().sum(), {}
     for key, columns in {"ink": torch.cat([torch.ones_like(square), t[:, None], square], 1),
                          "digit": one,
                          "both": torch.cat([one, one * t[:, None], square], 1)}.items():
         fit = torch.linalg.lstsq(columns, target[:, None], driver="gelsd").solution
         rest[key] = (target - (columns @ fit)[:, 0]).square().sum()
-    free = max(len(y) - 21, 1)
-    value = float((rest["ink"] - rest["both"]) / 18 / (rest["both"] / free))
-    reach = [t[y == digit].quantile(torch.tensor([0.05, 0.95]).double()) for digit in range(10)]
-    return {"r2_ink": float(1 - rest["ink"] / total), "r2_digit": float(1 - rest["digit"] / total),
-            "r2_both": float(1 - rest["both"] / total), "p": float(f.sf(value, 18, free)),
-            "slope": float(torch.linalg.lstsq(
-                torch.stack([torch.ones_like(t), t], 1), target[:, None]).solution[1]),
-            "at_mean_ink": [float(fit[digit]) if low < 0 < high else None
-                            for digit, (low, high) in enumerate(reach)]}
+    free = len(y) - 21
+    p = f.sf(float((rest["ink"] - rest["both"]) / 18 / (rest["both"] / free)), 18, free)
+    return {**{f"r2_{key}": float(1 - left / total) for key, left in rest.items()},
+            "p": float(p) if free > 0 else 1.0, "slope": float((t * target).sum() / (len(t) - 1))}
 
 
 def evaluate(config: dict, args, data, part, trained: dict, real, classifier, folder,
@@ -516,7 +496,7 @@ def evaluate(config: dict, args, data, part, trained: dict, real, classifier, fo
     began, sigma, d = time.perf_counter(), config["sigma"], config["latent_dim"]
     x_train, y_train = data.x_train[part["train"]].to(device), data.y_train[part["train"]]
     x, y = data.x_test[part["test"]].to(device), data.y_test[part["test"]]
-    some = torch.arange(max(2, min(len(x) // 5, len(x_train))))  # training images, random order
+    some = torch.arange(min(len(x) // 5, len(x_train)))  # training images, random order
     order = torch.randperm(len(x), generator=common.generator("few"))
     few, ink = order[:len(some)], x.flatten(1).sum(1).cpu()
 
@@ -543,19 +523,15 @@ def evaluate(config: dict, args, data, part, trained: dict, real, classifier, fo
             (in_chunks(decoder, z, device) - x.cpu()).square().mean())
         mu, logvar = (v.cpu() for v in q_train)
         models[name] = {
-            "gaps": {"test": gaps(of), "train": gaps(on_train)},
+            "gaps": {"test": gaps(of, y), "train": gaps(on_train)},
             "starts": compare_starts(decoder, starts[name], x[few], sigma),
             "fid": fid_of_samples(config, decoder, mu, logvar, classifier, real[0], device),
             "squared_error": {"start": error(start(x)[0], x), "optimised": error(of["mu"], x),
                               "training images": error(mu[some], x_train[some])},
             "probe_accuracy": probe(mu, y_train, (start(x)[0] if name == "vae" else of["mu"]).cpu(),
                                     y),
-            "largest_log_px": float(of["log_px"].max()),
             "log_px_by_digit": [digit_mean(of["log_px"][y == digit], own_control[y == digit],
-                                           control[data.y_test == digit])
-                                | {"sampling_error": float((1 / of["ess"][y == digit]).sum().sqrt()
-                                                           / (y == digit).sum())}
-                                for digit in range(10)],
+                                           control[data.y_test == digit]) for digit in range(10)],
             "ink": ink_test(ink, y, of["log_px"]), "seconds_to_infer": float(of["seconds"]),
             "seconds_per_epoch": float(np.median([row["seconds"] for row in trained[name][2]])),
             "seconds_train": sum(row["seconds"] for row in trained[name][2])}
@@ -573,7 +549,6 @@ def evaluate(config: dict, args, data, part, trained: dict, real, classifier, fo
         "supervised_accuracy": float(right.double().mean()),
         "supervised_accuracy_subset": float(right[part["test"]].double().mean()),
         "fid_floor": common.frechet_distance(real[1], real[0]),
-        "largest_log_px": -0.5 * 784 * math.log(2 * math.pi * sigma**2),
         "parameters": {"decoder": sum(w.numel() for w in trained["vae"][0].parameters()),
                        "encoder": sum(w.numel() for w in trained["vae"][1].parameters()),
                        "latents": table.numel()},
@@ -669,13 +644,11 @@ def figures(config: dict, folder: Path, trained: dict, found: dict, y: Tensor, x
         common.save_grid(folder / f"samples_epoch_{epoch}.png", torch.cat(samples), 10,
                          f"samples from the prior {at}",
                          ["amortised", "", "", "optimised", "", ""])
-        if len(x_test) == n:
-            rows = [v for i in (slice(None, n), slice(n, None))
-                    for v in (both[i], rebuilt["vae"][i], rebuilt["latent_opt"][i])]
-            common.save_grid(folder / f"comparison_epoch_{epoch}.png", torch.cat(rows), n,
-                             f"A{at[1:]}: original, amortised, optimised", [
-                                 "train", "amortised", "optimised", "test", "amortised",
-                                 "optimised"])
+        rows = [v for i in (slice(None, n), slice(n, None))
+                for v in (both[i], rebuilt["vae"][i], rebuilt["latent_opt"][i])]
+        common.save_grid(folder / f"comparison_epoch_{epoch}.png", torch.cat(rows), n,
+                         f"A{at[1:]}: original, amortised, optimised",
+                         ["train", "amortised", "optimised", "test", "amortised", "optimised"])
 
 
 def report(root: Path) -> str:
@@ -687,11 +660,12 @@ def report(root: Path) -> str:
     parts = [f"# Amortised inference against latent optimisation on {name}\n\nWhat does an encoder "
              "lose against optimising the latents of every image by themselves?"]
     groups = common.by_configuration(runs, variant, "codes", "n_test")
-    for of in groups.values():
+    for title, of in groups.items():
         c = of[0]["config"]
         parts += [f"## d = {c['latent_dim']}, σ = {c['sigma']:g}, {c['epochs']} epochs of "
-                  f"{c['train_size']:,} images, n={len(of)}", answer(of), gap_section(of),
-                  starts_section(of), quality_section(of), digits_section(of), pictures_section(of)]
+                  f"{c['train_size']:,} images, n={len(of)}{title[len(variant(c)):]}", answer(of),
+                  gap_section(of), starts_section(of), quality_section(of), digits_section(of),
+                  pictures_section(of)]
     parts.append(common.how_made(groups))
     text = "\n\n".join(parts) + "\n"
     common.save_text(root / "report.md", text)
@@ -729,7 +703,8 @@ def comparison(runs: list) -> str:
     floor = common.mean_std(sorted(set(get(runs, "fid_floor"))), 2)
     rows = []
     for what, keys, vae, lower, digits in [
-            ("log p(x) of test images, nats", ("gaps", "test", "log_px", "mean"), None, False, 2),
+            ("log p(x) of test images, as many of each digit, nats",
+             ("gaps", "test", "log_px", "mean"), None, False, 2),
             ("squared error of test images, optimised against the encoder's codes",
              ("squared_error", "optimised"), ("squared_error", "start"), True, 4),
             ("squared error of test images, both optimised", ("squared_error", "optimised"), None,
@@ -743,8 +718,7 @@ def comparison(runs: list) -> str:
         best = {0: "one seed: not tested" if found.n < 2 else "not told apart",
                 -1 if lower else 1: MODELS["latent_opt"], 1 if lower else -1: MODELS["vae"]}
         rows.append([what, common.mean_std(b, digits), common.mean_std(a, digits),
-                     found.signed(found.mean) + (f", {found.interval()}" if found.n > 1 else ""),
-                     best[found.sign]])
+                     found.cell(), best[found.sign]])
     return common.table(["", *MODELS.values(), "difference, 95 % interval", "better"], rows)
 
 
@@ -770,11 +744,12 @@ def gap_section(runs: list) -> str:
          "approximation gap", "median ESS", "ESS < 50 (%)"], rows) + (
         f"\n\nNats per image of {m['n_test']:,} test images, as many of each digit, and of "
         f"{m['n_train']} training images; ± is the standard deviation over seeds, [] the 95 % "
-        "half-width over images, which more seeds do not shrink. The start is the encoder's "
-        "Gaussian for the amortised VAE, so that its gap is the amortisation gap; for latent "
-        "optimisation it is that of PCA on test images and the trained latents on training images. "
-        f"Optimising is {INFERENCE_STEPS} steps of Adam with 4 codes. log p(x) is by importance "
-        f"sampling with {m['codes']:,} codes, a lower bound in expectation and so is the "
+        "half-width over images, which more seeds do not shrink for test images, the same for all "
+        "seeds. The start is the encoder's Gaussian for the amortised VAE, so that its gap is the "
+        "amortisation gap; for latent optimisation it is that of PCA on test images and the "
+        "trained latents on training images. Optimising is "
+        f"{INFERENCE_STEPS} steps of Adam with 4 codes. log p(x) is by importance sampling with "
+        f"{m['codes']:,} codes, a lower bound in expectation and so is the "
         "approximation gap. A small effective sample size (ESS) means a looser one: the median is "
         f"{worst:.0f} or more{'' if worst >= 50 else ', less than the 50 aimed at'}, and the "
         f"sampling error of a mean {error:.2f} nats at most. The estimate is below the optimised "
@@ -783,25 +758,23 @@ def gap_section(runs: list) -> str:
 
 
 def starts_section(runs: list) -> str:
-    models = runs[0]["metrics"]["models"]
-    rows = [[f"{MODELS[name]}: {label}", show(runs, name, "starts", label, "mean")]
-            for name in MODELS for label in models[name]["starts"]]
-    said = []
-    for name in MODELS:
-        last = [label for label in models[name]["starts"] if f"{INFERENCE_STEPS} steps" in label]
-        worst = {label: np.mean([v["mean"] for v in get(
-            runs, "models", name, "starts", label, "below_best")]) for label in last}
-        label = max(worst, key=worst.get)
-        below = models[name]["starts"][label]["below_best"]
-        best = min(worst, key=worst.get).split(",")[0]
-        said.append(f"{MODELS[name]}: " + (
-            f"{best} is the best start, {label.split(',')[0]} ends {worst[label]:.2f} nats below it"
-            if worst[label] > 2 * below["se"] and worst[label] > 0.01 else
-            f"all starts end within {max(worst[label], 0.001):.3f} nats of each other"))
+    rows, said = [], []
+    for name, title in MODELS.items():
+        of = {start: {steps: [v[steps] for v in get(runs, "models", name, "starts", start)]
+                      for steps in ("30", str(INFERENCE_STEPS))}
+              for start in runs[0]["metrics"]["models"][name]["starts"]}
+        rows += [[f"{title}: {start}", *map(common.mean_std, found.values())]
+                 for start, found in of.items()]
+        last = {start: np.mean(found[str(INFERENCE_STEPS)]) for start, found in of.items()}
+        best, worst = max(last, key=last.get), min(last, key=last.get)
+        below = last[best] - last[worst]
+        said.append(f"{title}: " + (
+            f"{best} is the best start, {worst} ends {below:.2f} nats below it" if below > 0.01
+            else "all starts end within 0.01 nats of each other"))
     return "### Where to start from\n\n" + common.table(
-        ["decoder: start", "ELBO (nats)"], rows) + (
-        f"\n\nELBO of {runs[0]['metrics']['n_train']} test images after optimising. After "
-        f"{INFERENCE_STEPS} steps, {'; '.join(said)}.")
+        ["decoder: start", *[f"ELBO after {steps} steps" for steps in (30, INFERENCE_STEPS)]],
+        rows) + (f"\n\nNats, {runs[0]['metrics']['n_train']} test images. After {INFERENCE_STEPS} "
+                 f"steps, {'; '.join(said)}.")
 
 
 def quality_section(runs: list) -> str:
@@ -818,7 +791,6 @@ def quality_section(runs: list) -> str:
               *[show(runs, name, "probe_accuracy", times=100, digits=1) for name in MODELS]],
              ["s per epoch (median)", *[show(runs, name, "seconds_per_epoch", digits=1)
                                         for name in MODELS]],
-             ["s to train", *[show(runs, name, "seconds_train", digits=0) for name in MODELS]],
              [f"s to infer {m['n_test']:,} test images",
               f"{show(runs, 'vae', 'seconds_to_encode')} (encoder)",
               f"{show(runs, 'latent_opt', 'seconds_to_infer', digits=0)} (optimising)"],
@@ -843,8 +815,7 @@ def quality_section(runs: list) -> str:
         f"{accuracy('supervised_accuracy_subset')} % on the same and "
         f"{accuracy('supervised_accuracy')} % on all test images, after "
         f"{common.mean_std(get(runs, 'seconds_supervised'), 0)} s. An epoch of latent optimisation "
-        f"costs {common.mean_std(ratio)} × one of the amortised VAE; the machine did other work "
-        "beside, so a tenth more or less means nothing.")
+        f"costs {common.mean_std(ratio)} × one of the amortised VAE.")
 
 
 def digits_section(runs: list) -> str:
@@ -852,13 +823,10 @@ def digits_section(runs: list) -> str:
     of = {name: [[m[digit] for m in get(runs, "models", name, "log_px_by_digit")]
                  for digit in range(10)] for name in MODELS}
     ink = {name: get(runs, "models", name, "ink") for name in MODELS}
-    at = {name: [[v["at_mean_ink"][digit] for v in ink[name]] for digit in range(10)]
-          for name in MODELS}  # None: hardly a digit has that area
     for digit in range(10):
         rows.append([digit, *[cell for name in MODELS for cell in [
             common.mean_std([m["mean"] for m in of[name][digit]]),
-            f"{np.mean([m['se'] for m in of[name][digit]]):.2f}",
-            "–" if None in at[name][digit] else common.mean_std(at[name][digit])]]])
+            f"{np.mean([m['se'] for m in of[name][digit]]):.2f}"]]])
 
     def extreme(name, sign):
         """The most (1) or least (-1) probable digit, and those within two standard errors of it."""
@@ -872,26 +840,22 @@ def digits_section(runs: list) -> str:
     for name, title in MODELS.items():
         p, slope = max(v["p"] for v in ink[name]), np.mean([v["slope"] for v in ink[name]])
         share = lambda key, name=name: show(runs, name, "ink", key, digits=0, times=100)
-        found = {d: np.mean(v) for d, v in enumerate(at[name]) if None not in v}
         said.append(
             f"{title}: most probable is {extreme(name, 1)}, least {extreme(name, -1)}. Images with "
             f"more ink are {'less' if slope < 0 else 'more'} probable: stroke area explains "
             f"{share('r2_ink')} % of the variance of log p(x) over images, the digit "
             f"{share('r2_digit')} %, both {share('r2_both')} %. "
             + (f"The digit counts beyond stroke area (p {'< 1e-16' if p < 1e-16 else f'= {p:.1g}'})"
-               + (f"; at the mean area, of the digits that reach it, {max(found, key=found.get)} "
-                  f"has the highest estimate and {min(found, key=found.get)} the lowest."
-                  if found else ".") if p < 0.01 else
+               "." if p < 0.01 else
                "Whether the digit counts beyond that, these images cannot tell."))
     return "### Which digits are probable\n\n" + common.table(
-        ["digit", *[f"{t}{what}" for t in MODELS.values() for what in [
-            ", log p(x)", ", s.e. over images", ", at the mean stroke area"]]],
+        ["digit", *[f"{t}{what}" for t in MODELS.values()
+                    for what in [", log p(x)", ", s.e. over images"]]],
         rows) + "\n\n" + "\n\n".join(said) + (
         "\n\nStroke area is the sum of an image's pixels. Means use the measured images and the "
-        "encoder's bound of all test images of the digit (a regression estimate). At the mean "
-        "stroke area by the digit's own line; – where fewer than 5 % of a digit's images lie on "
-        "the other side of it. Every image's value is in each run's log_probabilities.csv, and as "
-        "an array (2 models, 10 digits, images of a digit) in log_probabilities.npy.")
+        "encoder's bound of all test images of the digit (a regression estimate). Every "
+        "image's value is in each run's log_probabilities.csv, and as an array (2 models, 10 "
+        "digits, images of a digit) in log_probabilities.npy.")
 
 
 def pictures_section(runs: list) -> str:
@@ -925,6 +889,9 @@ def main(argv=None) -> dict:
             metrics[name] = there = common.load_json(file)
             if there["codes"] >= args.codes and there["n_test"] >= args.test_images:
                 continue
+            if there["codes"] > args.codes or there["n_test"] > args.test_images:
+                raise common.UserError(f"{folder} was measured on {there['n_test']} images with "
+                                       f"{there['codes']} codes; ask for at least as many of both")
             if not (folder / "vae/checkpoint.pt").exists():
                 raise common.UserError(f"{folder} was measured on {there['n_test']} images with "
                                        f"{there['codes']} codes and has no weights to measure "
