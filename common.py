@@ -332,6 +332,19 @@ def _torchvision_data(dataset: str, data_dir: str) -> Data:
     return Data(dataset, x[0], train.targets, x[1], test.targets)
 
 
+def split(data: Data, config: dict, n_val: int = 5000) -> dict[str, Tensor]:
+    """Indices of the run's training images and of n_val others for validation, drawn by its seed.
+
+    Raises UserError if there are too few.
+    """
+    left = len(data.x_train) - n_val
+    if config["train_size"] > left:
+        raise UserError(f"--train-size {config['train_size']}: {left} images are left for training "
+                        f"after {n_val} for validation; take at most that many")
+    order = torch.randperm(len(data.x_train), generator=generator(config["seed"], "split"))
+    return {"val": order[:n_val], "train": order[n_val:n_val + config["train_size"]]}
+
+
 @functools.lru_cache(1)
 def glyphs(seed: int = 0) -> Data:
     """60,000 + 10,000 digits drawn from matplotlib's fonts: random stroke width, affine map and
@@ -458,14 +471,13 @@ def train_classifier(x: Tensor, y: Tensor, device: torch.device, *key: int | str
     return model.eval()
 
 
-def load_classifier(data: Data, device: torch.device,
-                    folder: Path = HERE / "results/classifiers") -> MetricClassifier:
-    """The metric classifier of a dataset, trained on all its training images and cached in `folder`
-    when it is not there.
+def load_classifier(data: Data, device: torch.device) -> MetricClassifier:
+    """The metric classifier of a dataset, trained on all its training images and cached in
+    results/classifiers when it is not there.
 
     Its `accuracy` is that on the 10,000 test images, its `sha256` that of the weights' file.
     """
-    path = folder / f"{data.name}.pt"
+    path = HERE / f"results/classifiers/{data.name}.pt"
     if not path.is_file():
         print(f"training the metric classifier for {data.name} (once; 1-2 minutes on two cores)",
               file=sys.stderr)
@@ -473,7 +485,7 @@ def load_classifier(data: Data, device: torch.device,
             data.x_train, data.y_train, device, "classifier", data.name,
             steps=8 * (len(data.x_train) // 128),
             augment="flip" if data.name == "fashion-mnist" else "shift")
-        folder.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         save_torch(path, {k: v.cpu().half() if v.is_floating_point() else v.cpu()
                           for k, v in model.state_dict().items()})
     model = MetricClassifier()
@@ -849,6 +861,16 @@ def finished_runs(root: Path) -> list[dict]:
     return runs
 
 
+def diverged(title: str, folder: Path, epoch: int, losses: Tensor) -> UserError:
+    """The error for a loss that is not finite: one of the steps' (steps, ...) of this epoch or, if
+    those are, what came after the last.
+    """
+    bad = (~losses.flatten(1).isfinite().all(1)).nonzero().flatten().tolist() or [len(losses) - 1]
+    kept = f"{folder} keeps epoch {epoch - 1}; " if epoch > 1 else ""
+    return UserError(f"the loss of {title} is not finite in epoch {epoch}, step {bad[0] + 1}; "
+                     f"{kept}try a lower rate, with --fresh")
+
+
 def save_history(path: Path, history: list[dict]) -> None:
     text = io.StringIO()
     writer = csv.DictWriter(text, list(history[0]), lineterminator="\n")
@@ -1009,7 +1031,7 @@ def how_made(groups: dict[str, list[dict]]) -> str:
 
 
 class Difference(NamedTuple):
-    """A mean difference over n pairs and half of its 95 % t-interval, infinite for one pair; as
+    """A mean difference over n pairs and half of its t-interval (95 %), infinite for one pair; as
     text, what that supports.
     """
 
@@ -1043,10 +1065,11 @@ class Difference(NamedTuple):
                 f"interval {self.interval()})")
 
 
-def paired(a: Sequence[float], b: Sequence[float], digits: int = 2) -> Difference:
-    """The mean difference a - b over paired seeds."""
+def paired(a: Sequence[float], b: Sequence[float], digits: int = 2,
+           level: float = 0.95) -> Difference:
+    """The mean difference a - b over paired seeds, with a t-interval of this level."""
     from scipy.stats import t  # comes with scikit-learn
 
     d, n = np.subtract(a, b), len(a)
-    half = t.ppf(0.975, n - 1) * d.std(ddof=1) / math.sqrt(n) if n > 1 else math.inf
+    half = t.ppf((1 + level) / 2, n - 1) * d.std(ddof=1) / math.sqrt(n) if n > 1 else math.inf
     return Difference(d.mean(), half, n, digits)

@@ -331,10 +331,7 @@ def train(config: dict, x: Tensor, x_val: Tensor, folder: Path, args) -> tuple[A
         with torch.no_grad():
             val = objective(model, x_val, config)
         if not (finite and val.isfinite().all()):
-            bad = (~losses.isfinite().all(1)).nonzero().flatten().tolist() or [steps - 1]
-            raise common.UserError(f"the loss of {title} is not finite in epoch {epoch}, step "
-                                   f"{bad[0] + 1}; {folder} keeps epoch {epoch - 1}; try a lower "
-                                   "--lr")
+            raise common.diverged(title, folder, epoch, losses)
         names = ["loss", "reconstruction", "code", "distortion"]
         row = {"epoch": epoch, **dict(zip([f"train_{k}" for k in names], losses.mean(0).tolist(),
                                           strict=True)),
@@ -1374,9 +1371,10 @@ def main(argv=None) -> dict:
         for config, arm in itertools.product(runs, ["none", "shifts"]):
             baseline_file(root, arm, config).unlink(missing_ok=True)
     classifier, metrics = common.load_classifier(data, device), {}
-    for config, part, folder in zip(runs, parts, folders, strict=True):
+    done = [progress(folder, args, classifier) for folder in folders]
+    for config, part, folder, (there, todo) in zip(runs, parts, folders, done, strict=True):
         name = f"{variant(config)}/seed_{config['seed']}"
-        metrics[name], todo = progress(folder, args, classifier)
+        metrics[name] = there
         if todo:  # else finished, whether or not its weights are still here
             x, x_val = (data.x_train[part[k]].to(device) for k in ["train", "val"])
             model, history = train(config, x, x_val, folder, args)

@@ -289,10 +289,7 @@ def train(kind: str, config: dict, x: Tensor, x_val: Tensor, folder: Path, args)
         torch.manual_seed(common.seed_from(seed, "noise", epoch))
         losses = torch.stack([step(i) for i in order.split(config["batch_size"])])
         if not losses.isfinite().all():
-            bad = (~losses.isfinite().all(1)).nonzero()[0].item() + 1
-            raise common.UserError(f"the loss of {title} is not finite in epoch {epoch}, step "
-                                   f"{bad}; {folder} keeps epoch {epoch - 1}; try a lower --lr"
-                                   + " or --latent-lr" * (kind == "latent_opt"))
+            raise common.diverged(title, folder, epoch, losses)
         row = {"epoch": epoch, **dict(zip(["loss", "reconstruction", "kl"],
                                           losses.mean(0).tolist(), strict=True))}
         row["seconds"] = time.perf_counter() - began
@@ -563,7 +560,6 @@ def evaluate(config: dict, args, data, part, trained: dict, real, classifier, fo
         {"epoch": a["epoch"], **{f"vae_{k}": v for k, v in a.items() if k != "epoch"},
          **{f"latent_opt_{k}": v for k, v in b.items() if k != "epoch"}}
         for a, b in zip(trained["vae"][2], trained["latent_opt"][2], strict=True)])
-    common.save_json(folder / "final_metrics.json", metrics)
     return metrics
 
 
@@ -871,6 +867,24 @@ def pictures_section(runs: list) -> str:
 # --------------------------------------------------------------------------------------------- main
 
 
+def finished(folder: Path, args) -> dict:
+    """final_metrics.json of a finished run, whether or not its weights are still here; else empty.
+
+    Raises UserError if more is asked for than was measured and cannot be.
+    """
+    file = folder / "final_metrics.json"
+    there = common.load_json(file) if file.exists() else {}
+    if there and (there["codes"] < args.codes or there["n_test"] < args.test_images):
+        if there["codes"] > args.codes or there["n_test"] > args.test_images:
+            raise common.UserError(f"{folder} was measured on {there['n_test']} images with "
+                                   f"{there['codes']} codes; ask for at least as many of both")
+        if not (folder / "vae/checkpoint.pt").exists():
+            raise common.UserError(f"{folder} was measured on {there['n_test']} images with "
+                                   f"{there['codes']} codes and has no weights to measure more; "
+                                   "--fresh trains it again")
+    return there
+
+
 def main(argv=None) -> dict:
     args = parse_args(argv)
     base = Path(args.out_dir) / "latent_opt"
@@ -883,23 +897,19 @@ def main(argv=None) -> dict:
     common.open_runs(folders, runs, args)
     classifier, metrics = common.load_classifier(data, device), {}
     real = [classifier.look(x)[0] for x in (data.x_test, data.x_train[:10_000])]
-    for config, part, folder in zip(runs, parts, folders, strict=True):
-        name, file = f"{variant(config)}/seed_{config['seed']}", folder / "final_metrics.json"
-        if file.exists():  # finished, whether or not its weights are still here
-            metrics[name] = there = common.load_json(file)
-            if there["codes"] >= args.codes and there["n_test"] >= args.test_images:
-                continue
-            if there["codes"] > args.codes or there["n_test"] > args.test_images:
-                raise common.UserError(f"{folder} was measured on {there['n_test']} images with "
-                                       f"{there['codes']} codes; ask for at least as many of both")
-            if not (folder / "vae/checkpoint.pt").exists():
-                raise common.UserError(f"{folder} was measured on {there['n_test']} images with "
-                                       f"{there['codes']} codes and has no weights to measure "
-                                       "more; --fresh trains it again")
+    done = [finished(folder, args) for folder in folders]
+    for config, part, folder, there in zip(runs, parts, folders, done, strict=True):
+        name = f"{variant(config)}/seed_{config['seed']}"
+        metrics[name] = there
+        if there and there["codes"] >= args.codes and there["n_test"] >= args.test_images:
+            continue
         x, x_val = (data.x_train[part[k]].to(device) for k in ["train", "val"])
         trained = {kind: train(kind, config, x, x_val, folder, args) for kind in MODELS}
         metrics[name] = evaluate(config, args, data, part, trained, real, classifier, folder,
                                  device)
+        if there:  # of the training
+            metrics[name]["environment"] = there["environment"]
+        common.save_json(folder / "final_metrics.json", metrics[name])
     if runs:
         common.write_reports(report, base, data.name)
     return metrics

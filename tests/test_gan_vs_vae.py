@@ -314,12 +314,14 @@ def test_the_first_sentence_follows_the_numbers(fid, k):
     groups = {"g": [run("gan", fid, val_fid=2)], "other": [run("gan", 0.5, val_fid=3)],
               "v": [run("vae", 10)], "t": [run("tuned-gan", fid)]}
     text = study.answer(groups, ["mnist"])
-    assert (f"The untuned GAN's is {fid / 10:.2f} × the VAE's, within the 1/6 aimed at for {k} of "
-            "1 seed;") in text  # not other
+    assert (f"The untuned GAN's is {fid / 10:.2f} × the VAE's (n=1), within the 1/6 aimed at for "
+            f"{k} of 1 seed;") in text  # not other
     assert ("the VAE's is lower" in text) == (fid > 10)
     assert f"within the 10 × aimed at for {k} of 1 seed." in text
     groups["g"].append(run("gan", 20, 1, val_fid=9))  # no seed of the VAE; more of them than other
     assert f"The untuned GAN's is {fid / 10:.2f} × the VAE's" in study.answer(groups, ["mnist"])
+    groups["v"][0]["metrics"]["n"] = 50  # fewer samples: a higher FID
+    assert "The untuned GAN's" not in study.answer(groups, ["mnist"])
 
 
 @pytest.mark.parametrize("better", ["hinge", "bce"])
@@ -407,7 +409,7 @@ def test_the_third_answer_follows_the_numbers(step, sign):
 
 
 @pytest.mark.parametrize(("fid", "rec", "words"), [
-    (3, 80, "at most half for 3 of 3 seeds | 1.00 ×; within 10 % for 3 of 3"),
+    (3, 80, "at most half for 3 of 3 seeds | 1.00 × (1.00–1.00); within 10 % for 3"),
     (13, 80, "it still reconstructs, but its samples are worse"), (8, 80, "but gains too little"),
     (9, 80, "; at most half for 0 of 3 seeds"), (3, 99, "; within 10 % for 0 of 3 seeds")])
 def test_the_fourth_answer_follows_the_numbers(fid, rec, words):
@@ -420,12 +422,12 @@ def test_the_fourth_answer_follows_the_numbers(fid, rec, words):
               "h": [hybrid(fid, s) for s in range(3)],
               "g": [run("gan", 2, s, loss="bce", z_dim=8) for s in range(3)]}
     text = study.answer_hybrid(groups)
-    assert words in text and f"| {fid / 2:.2f} × ({fid / 2:.2f} to {fid / 2:.2f}) g, 10" in text
+    assert words in text and f"| **{fid / 2:.2f} ×** ({fid / 2:.2f}–{fid / 2:.2f}) g, 10" in text
     assert "| 10.00 ± 0.00 / 20.00 ± 0.00 / 30.00 ± 0.00 |" in text
     assert text.startswith("h: both as hoped.") == (fid == 3 and rec == 80)
     first = study.answer(groups, ["mnist"])
-    assert f"The hybrid's is {fid / 10:.2f} × that of its VAE" in first
-    assert f"its reconstruction loss {rec / 80:.2f} × (n=3)." in first
+    assert f"The hybrid's is **{fid / 10:.2f} ×** ({fid / 10:.2f}–{fid / 10:.2f}) that of" in first
+    assert f"({rec / 80:.2f}–{rec / 80:.2f}) (n=3)." in first
     groups["h"][0]["metrics"]["recall"] = 0.1
     for text in [study.answer(groups, ["mnist"]), study.answer_hybrid(groups)]:
         assert ", called collapsed for 1 of 3 seeds (recall 0.1 < 0.2)" in text

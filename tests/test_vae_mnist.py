@@ -233,7 +233,7 @@ def test_runs_end_to_end_and_the_report_is_made_of_the_json(tmp_path):
     for name in ["decoded_plane", "kl_per_dimension"]:
         assert (root / f"mlp32_z2_grey_adam_0.001/seed_0/{name}.png").exists()
     text = (root / "report.md").read_text()
-    for words in ["adam 0.001 against adagrad 0.001", "by validation loss (n=1): 1e-06", "at n=2",
+    for words in ["adam 0.001 against adagrad 0.001", "by validation loss: 1e-06: ", "at n=2",
                   "iwae 5 against elbo 1:", "95 % interval", "Is the estimate right?"]:
         assert words in text
     before = (root / "report.md").read_bytes()
@@ -304,12 +304,14 @@ def test_a_loss_that_is_not_finite_stops_that_run_and_no_other(tmp_path, monkeyp
 
 def run(seed=0, loss=100.0, **config):
     """A finished run as the report sees it, with only what the comparisons need."""
-    settings = {"arch": "mlp", "hidden": [500], "latent_dim": 20, "binarize": "dynamic",
-                "objective": "elbo", "k": 1, "optimizer": "adam", "lr": 0.001, "batch_size": 100,
-                "epochs": 9, "train_size": 55_000, "seed": seed}
+    settings = {"dataset": "mnist", "arch": "mlp", "hidden": [500], "latent_dim": 20,
+                "binarize": "dynamic", "objective": "elbo", "k": 1, "optimizer": "adam",
+                "lr": 0.001, "batch_size": 100, "epochs": 9, "train_size": 55_000, "seed": seed}
     return {"config": settings | config, "metrics": {
-        "validation": {"loss": loss}, "negative_elbo": loss, "likelihood": {"nll": loss - 3},
-        "active_units": 9, "kl_per_dimension": [1.0, 0.01]}}
+        "validation": {"loss": loss}, "negative_elbo": loss, "test_loss": loss,
+        "likelihood": {"nll": loss - 3, "gap": 3.0, "gap_standard_error": 0.1, "n": 9},
+        "pixel_entropy": 45.0, "bfloat16": False, "active_units": 9,
+        "kl_per_dimension": [1.0, 0.01]}}
 
 
 def test_comparisons_are_of_runs_that_differ_in_one_setting():
@@ -322,6 +324,52 @@ def test_comparisons_are_of_runs_that_differ_in_one_setting():
     assert "mlp500-500 against mlp500: −ELBO a significant difference at n=3 (−4.00" in text
     assert "adam 0.003 against adagrad 0.02: −ELBO a significant difference at n=3 (−5.00" in text
     assert "The best is 0.003, at the edge" in text and "epochs 99" not in text
+
+
+def test_only_like_is_compared_with_like():
+    runs = [run(seed) for seed in range(3)]
+    wide = [run(seed, 99, hidden=[400]) for seed in range(3)]
+    assert "further hidden layer" not in " ".join(study.comparisons(study.arranged(runs + wide)))
+    coarse = [run(seed, 90) for seed in range(3)]
+    for r in coarse:
+        r["metrics"]["bfloat16"] = True
+    groups = study.arranged(runs + coarse)
+    assert len(groups) == len(study.chosen(groups)) == 2 and not study.comparisons(groups)
+    text = " ".join(study.comparisons(study.arranged([*runs, run(7, 96.0, lr=0.003)])))
+    assert "without a seed in common: 0.001: 100.00 ± 0.00 (n=3); 0.003: 96.00 (n=1)" in text
+
+
+def test_the_answer_follows_the_numbers():
+    for loss, word in [(99.0, "reached in"), (101.0, "not reached in")]:
+        text = study.answer(study.arranged([run(seed, loss) for seed in range(3)]))
+        assert f"n=3) against 100, {word} 9 epochs" in text
+    other = study.arranged([run(seed, 99, dataset="glyphs") for seed in range(3)])
+    assert "Published" not in study.answer(other)
+    grey = [run(0, 80, binarize="none", objective="iwae", k=5), run(0, 90, binarize="none")]
+    assert "lowest validation loss of 1 (−ELBO) is 90.00" in study.answer(study.arranged(grey))
+
+
+@pytest.mark.parametrize(("share", "words"), [(0.96, "Almost all"), (0.9, "Not almost all")])
+def test_the_verdict_on_interpolation_follows_the_numbers(share, words):
+    def like(share, half):
+        r = run(0)
+        line = [1.0] + 4 * [share] + [half] + 4 * [share] + [1.0]
+        r["metrics"]["interpolation"] = {"linear": line, "spherical": line, "pixels": [0.5] * 11,
+                                         "real": 0.98, "pairs": 9}
+        return r
+    text = study.interpolation_table({"a": [like(share, share)], "b": [like(0.6, 0.99)]})[1]
+    assert text.startswith(words) and f"{100 * share:.1f} % of the images on the straight" in text
+    assert text.endswith("in 0 of 2 variants.")
+
+
+def test_a_folder_in_the_way_stops_a_sweep_before_it_trains(tmp_path):
+    argv = [*SMOKE, "--out-dir", str(tmp_path), "--latent-dim"]
+    study.main([*argv, "2"])
+    root = tmp_path / "vae_mnist/glyphs"
+    (root / "mlp32_z2_dynamic_adam_0.001/seed_0/checkpoint.pt").unlink()
+    with pytest.raises(common.UserError, match="no weights"):
+        study.main([*argv, "1", "2", "--likelihood-images", "11"])
+    assert not (root / "mlp32_z1_dynamic_adam_0.001/seed_0/history.csv").exists()
 
 
 def test_a_published_run_is_not_trained_again_for_more_likelihood_images(tmp_path):
