@@ -17,6 +17,7 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import signal
 import subprocess
@@ -1014,12 +1015,13 @@ def same_seeds(a: list[dict], b: list[dict]) -> tuple[list[dict], list[dict]]:
 
 
 def how_made(groups: dict[str, list[dict]]) -> str:
-    """The last section of every report: a row for runs made alike."""
+    """The last section of every report: a row for runs made alike, commands without --seeds."""
     rows: dict[tuple, list] = {}
     for name, runs in groups.items():
         for run in runs:
             c, e = run["config"], run["metrics"]["environment"]
-            rows.setdefault((name, c["epochs"], c["batch_size"], c["lr"], f"`{e['command']}`",
+            command = re.sub(r" --seeds( \d+)+", "", e["command"])
+            rows.setdefault((name, c["epochs"], c["batch_size"], c["lr"], f"`{command}`",
                              e["commit"], e["device"], e["threads"], e["torch"],
                              "bfloat16" if run["metrics"].get("bfloat16") else "float32"),
                             []).append(run)

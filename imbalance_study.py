@@ -71,7 +71,7 @@ CRITERIA = {"calibrated lift": ("calibrated_lift", 0.9, 1.1),
 COMPARED = {"lift's distance from 1": ("calibrated_lift", lambda v: abs(v - 1), -1),
             "clear lift's distance from 1": ("clear_lift", lambda v: abs(v - 1), -1),
             "FID": ("fid", lambda v: v, -1), "rare KID": ("rare.kid", lambda v: v, -1),
-            "rare coverage": ("coverage_ratio", lambda v: v, 1),
+            "rare coverage / real": ("coverage_ratio", lambda v: v, 1),
             "copying, up to 1": ("copying", lambda v: min(v, 1), 1)}
 GEOMETRY, CODE_PENALTY = 5.0, 0.01
 BASELINES = {"none": "nothing", "shifts": "shifted copies", "smote": "SMOTE between ae codes"}
@@ -171,15 +171,15 @@ def split(data: common.Data, config: dict) -> dict[str, Tensor]:
     n_rare, val_rare = round(ratio * n), round(ratio * n_val)
     if n_rare < 1:
         raise common.UserError(f"--rare-ratio {ratio:g} of {n} images rounds to no image of the "
-                               f"rare class; the smallest possible is {1 / n:g}")
-    if n_rare + val_rare > len(pools[True]):
-        raise common.UserError(f"--rare-ratio {ratio:g} needs {n_rare + val_rare} images of class "
-                               f"{rare}, there are {len(pools[True])}; the largest possible is "
-                               f"{math.floor(1e4 * len(pools[True]) / (n + n_val)) / 1e4:g}")
+                               f"rare class; it must be above {0.5 / n:g}")
     if n - n_rare + n_val - val_rare > len(pools[False]):
         raise common.UserError(f"--train-size {n} needs {n - n_rare + n_val - val_rare} images of "
                                f"the other classes, there are {len(pools[False])}; take a smaller "
                                "one")
+    if n_rare + val_rare > len(pools[True]):
+        raise common.UserError(f"--rare-ratio {ratio:g} needs {n_rare + val_rare} images of class "
+                               f"{rare}, there are {len(pools[True])}; the largest possible is "
+                               f"{math.floor(1e4 * len(pools[True]) / (n + n_val)) / 1e4:g}")
     both = {"train": [(True, 0, n_rare), (False, 0, n - n_rare)],
             "val": [(True, n_rare, val_rare), (False, n - n_rare, n_val - val_rare)]}
     return {k: torch.cat([pools[r][a:a + m] for r, a, m in parts]) for k, parts in both.items()}
@@ -534,7 +534,7 @@ class Judge:
             "calibrated_lift_low": lift["low"], "calibrated_lift_high": lift["high"],
             "calibrated_lift_confusion": lift["confusion"],
             "clear_lift": (sure - wrong) / (right - wrong) / self.p,
-            "class_share": share["share"].tolist(), "class_counted": share["counted"].tolist(),
+            "class_share": share["share"].tolist(),
             "total_variation": float(np.abs(share["share"] - self.share).sum() / 2)}
 
     def lifts_and_fid(self, f: Tensor, probs: Tensor) -> dict:
@@ -640,7 +640,8 @@ def evaluate(config: dict, args, data, part, model, history, classifier, folder,
         x = decode(drawn)
         seconds = time.perf_counter() - start
         scores, probs = judge.score(x)
-        metrics["samplers"][sampler] = {**scores, "seconds_to_sample": seconds}
+        metrics["samplers"][sampler] = {**scores, "seconds_to_sample": seconds,
+                                        "environment": common.environment(device)}
         if sampler in ("local", HEADLINE[config["model"]]):
             plain = judge.look(decode(drawn, 1.0))
             metrics["samplers"][sampler]["temperature_1"] = judge.lifts_and_fid(*plain)
@@ -834,7 +835,7 @@ def report(root: Path) -> str:
     head, differences = heads(models), comparison_table(models)
     others = [(f"{title(key)}: {m}", s, of) for key in cells if key != widest
               for m, s, of in with_samplers(cells[key])]
-    grids = [across(root, cells, axis) for axis in ["rare_digit", "rare_ratio"]]
+    grids = [across(root, cells, axis, differ) for axis in ["rare_digit", "rare_ratio"]]
     helps = [downstream_section(root, cells[key], title(key)) for key in cells]
     text = "\n\n".join(filter(None, [
         f"# The imbalance study on {common.DATASETS[runs[0]['config']['dataset']]}",
@@ -853,12 +854,25 @@ def report(root: Path) -> str:
         *(["## Does adding generated images help a classifier?",
            *[line for _, more in helps for line in more], DOWNSTREAM_CAPTION]
           if any(said for said, _ in helps) else []),
-        common.how_made(common.by_configuration(runs, variant))])) + "\n"
+        common.how_made(common.by_configuration(runs, variant)), drawn_later(runs)])) + "\n"
     common.save_text(root / "report.md", text)
     return text
 
 
-def across(root: Path, cells: dict, axis: str) -> tuple[str, list[str]]:
+def drawn_later(runs: list) -> str:
+    """Which codes other code drew than that which trained the run."""
+    later: dict[tuple, list] = {}
+    for run in runs:
+        for sampler, scores in run["metrics"]["samplers"].items():
+            made = scores.get("environment", run["metrics"]["environment"])
+            if made["commit"] != run["metrics"]["environment"]["commit"]:
+                later.setdefault((variant(run["config"]), sampler, made["commit"]), []).append(run)
+    return "Codes drawn later, with `--sampler`: " + "; ".join(
+        f"{sampler} of {name}, seeds {' '.join(str(run['config']['seed']) for run in of)}, at "
+        f"commit {commit}" for (name, sampler, commit), of in later.items()) + "." if later else ""
+
+
+def across(root: Path, cells: dict, axis: str, differ: list) -> tuple[str, list[str]]:
     """What changes with the "rare_digit" or the "rare_ratio": sentences and pictures of all runs
     that are alike in everything else, for local codes.
     """
@@ -876,6 +890,7 @@ def across(root: Path, cells: dict, axis: str) -> tuple[str, list[str]]:
         cell, digits = dict(rest), axis == "rare_digit"
         where = (f"digit, at {100 * cell['rare_ratio']:g} %" if digits else
                  f"share, digit {cell['rare_digit']}")
+        where += "".join(f", {k} {cell[k]}" for k in differ)
         name = lambda v, digits=digits: f"digit {v}" if digits else f"{100 * v:g} %"
         said = []
         for m, found in several.items():
@@ -995,17 +1010,17 @@ def pictures(root: Path, models: dict[str, list], stem: str) -> list[str]:
     picture = lambda m, name: f"![{m}: {name}]({shown[m]}/{name})" if (
         root / shown[m] / name).exists() else ""
     unclear = [m for m in head if picture(m, "rare_least_clear.png")]
-    if unclear:
-        mean = lambda m, key: np.mean(values(models[m], head[m], key))
-        worst = max(head, key=lambda m: mean(m, "rare_lift") - mean(m, "clear_lift"))
+    mean = lambda m, key: np.mean(values(models[m], head[m], key))
+    gap = lambda m: mean(m, "rare_lift") - mean(m, "clear_lift")
+    if unclear and gap(worst := max(head, key=gap)) > 0:
         lines += ["### Why arg-max lift misleads",
                   "The classifier must name one of ten digits, so blends of neighbouring digits "
                   f"are called something. The widest gap is that of {worst}: arg-max counts "
                   f"{mean(worst, 'rare_lift'):.2f} × the training share, and "
-                  f"{mean(worst, 'clear_lift'):.2f} × remain when the classifier must be sure (p ≥ "
-                  "0.9, a bar that "
+                  f"{mean(worst, 'clear_lift'):.2f} × are left when the classifier must be sure "
+                  "(p ≥ 0.9, a bar that "
                   f"{100 * models[worst][0]['metrics']['clear_real']:.1f} % of real test images of "
-                  "the class pass and hardly any other; the clear lift corrects for both shares). "
+                  "the class pass; the clear lift corrects for that and for others that pass). "
                   "The calibrated lift corrects for confusion among real images; it cannot correct "
                   "for blends that no real image resembles. The least clear samples called rare:",
                   *[picture(m, "rare_least_clear.png") for m in unclear]]
@@ -1016,11 +1031,12 @@ def pictures(root: Path, models: dict[str, list], stem: str) -> list[str]:
         lines.append(f"![Lift with 95 % intervals]({stem}_lift.png)")
     lines += ["### The ablation",
               f"![Every model with every sampler]({stem}_ablation.png)",
-              "Rows differ in the model, columns in the sampler alone. AE + local and λ = 0 + "
-              "local are the fair baselines of the geometry. Local codes are Gaussian about the "
-              "point half-way between a training code and the mean of it and its ten nearest, with "
-              "three quarters of their covariance; training codes are taken in their proportions, "
-              "so that their lift measures whether images around a rare one are of its class"
+              "Rows differ in the model, columns in the sampler alone. AE and λ = 0 with local "
+              "codes are what is fair to compare the geometry with. Local codes are Gaussian about "
+              "the point half-way between a training code and the mean of it and its ten nearest, "
+              "with three quarters of their covariance; training codes are taken in their "
+              "proportions, so that their lift measures whether images around a rare one are of "
+              "its class"
               + ("; pullback codes likewise, their noise as long in decoded images everywhere"
                  if any(values(runs, "pullback", "fid") for runs in models.values()) else "")
               + ". The codes of a VAE are its posterior means.",
@@ -1047,17 +1063,20 @@ def answer(title: str, models: dict) -> str:
                 continue
             unsure = [name for name, v in found.items() if within_noise(name, v, models[m], s)]
             missed = [name for name, v in found.items() if not met(name, v)]
-            noise = f" ({' and '.join(unsure)} within noise)" * bool(unsure)
+            notes = [f"{' and '.join(unsure)} within noise"] * bool(unsure)
+            notes += ["n=1: no conclusion"] * (min(map(len, found.values())) == 1)
+            noise = f" ({'; '.join(notes)})" * bool(notes)
             if not missed:
                 kept.append(m + noise)
             elif set(missed) <= set(unsure):
                 open_.append(m + noise)
         text = f"{' and '.join(kept) or 'no model'} keep{'s' * (len(kept) < 2)} the rare class"
         return text + f", undecided: {' and '.join(open_)}" * bool(open_)
-    few = " (n=1: no conclusion)" * (max(map(len, models.values())) == 1)
-    text = (f"With its own sampler and by the criteria below, {verdict(head)}; with local codes "
-            f"{verdict(dict.fromkeys(models, 'local'))}{few}."
-            if head else "No model with its own sampler yet.")
+    local = [m for m, runs in models.items() if values(runs, "local", "fid")]
+    text = "; ".join(
+        [f"with its own sampler {verdict(head)}"] * bool(head)
+        + [f"with local codes {verdict(dict.fromkeys(local, 'local'))}"] * bool(local))
+    text = f"By the criteria below, {text}." if text else "No own or local sampler yet."
     said = []
     for what, found in comparisons(models):
         outcome = [f"{word} {', '.join(names)}" for word, sign in [("better", 1), ("worse", -1)]
@@ -1117,7 +1136,8 @@ def met(name: str, found: list[float]) -> bool:
 
 
 def lift_table(models: dict, head: dict) -> str:
-    first = next(iter(models.values()))[0]["metrics"]
+    first, c = (next(iter(models.values()))[0][key] for key in ["metrics", "config"])
+    source = SOURCE_LIFT if (c["rare_digit"], c["rare_ratio"]) == (9, 0.02) else {}
     rows = [["real test images, half of them", "", "", f"{real['rare_lift']:.2f}", "",
              f"{real['calibrated_lift']:.2f}", f"{real['calibrated_lift_low']:.2f}–"
              f"{real['calibrated_lift_high']:.2f}", f"{real['clear_lift']:.2f}", "", "",
@@ -1134,7 +1154,7 @@ def lift_table(models: dict, head: dict) -> str:
                 rows.append([f"{bold}{m}, {s}{bold}", len(values(runs, s, "rare_lift")),
                              common.mean_std([100 * v for v in values(
                                  runs, s, "rare_recall_at_2000")], 1), show(runs, s, "rare_lift"),
-                             SOURCE_LIFT.get(m, "") if bold else "",
+                             source.get(m, "") if bold else "",
                              show(runs, s, "calibrated_lift"), f"{low:.2f}–{high:.2f}",
                              show(runs, s, "clear_lift"), show(runs, s, "fid"),
                              show(runs, s, "fid_ratio", 1), show(runs, s, "total_variation", 3)])
@@ -1162,7 +1182,8 @@ def quality_table(models: dict, head: dict) -> str:
             if not values(runs, s, "rare_n"):
                 continue
             for name, which in [(f"{m}, {s}", "rare"), ("– as many real images", "rare_real")]:
-                rows.append([name, len(runs), f"{np.mean(values(runs, s, 'rare_n')):.0f}",
+                rows.append([name, len(values(runs, s, f"{which}.coverage")),
+                             f"{np.mean(values(runs, s, 'rare_n')):.0f}",
                              *[show(runs, s, f"{which}.{k}", 3 if k == "kid" else 2)
                                for k in ["kid", "precision", "density", "coverage"]],
                              *([show(runs, s, "copying"), show(runs, s, "copying_rare"),
@@ -1185,9 +1206,10 @@ def quality_table(models: dict, head: dict) -> str:
 
 def criteria_table(shown: list[tuple[str, str, list]]) -> str:
     """What counts as keeping the rare class, for (model, sampler, runs)."""
-    rows = [[f"{m}, {s}", len(runs),
+    rows = [[f"{m}, {s}", (n := len(values(runs, s, "fid"))),
              *[f"{common.mean_std(found, 3)} {'met' if met(name, found) else 'missed'}"
                + ", within noise" * within_noise(name, found, runs, s)
+               + f" (n={len(found)})" * (len(found) < n)
                if (found := values(runs, s, key)) else "–"
                for name, (key, *_) in CRITERIA.items()]] for m, s, runs in shown]
     title = lambda name, low, high: f"{name} " + (
@@ -1213,7 +1235,7 @@ def within_noise(name: str, found: list[float], runs: list, sampler: str = "loca
 def temperature_table(models: dict) -> str:
     """What decoding at the temperature of validation images changes."""
     keys = ["fid", "calibrated_lift", "clear_lift"]
-    rows = [[f"{m}, {s}", len(runs),
+    rows = [[f"{m}, {s}", len(values(runs, s, "temperature_1.fid")),
              common.mean_std([r["metrics"]["temperature"] for r in runs], 3),
              *[show(runs, s, which + key) for key in keys for which in ("temperature_1.", "")]]
             for m, runs in models.items() for s in SAMPLERS
@@ -1224,9 +1246,10 @@ def temperature_table(models: dict) -> str:
         ["model, sampler", "n", "temperature", "FID at 1", "FID", "calibrated lift at 1",
          "calibrated lift", "clear lift at 1", "clear lift"], rows) + (
         "\n\nA decoder trained by likelihood draws the mean of the images that it cannot tell "
-        "apart, greyer than any of them. Everything else in this report is decoded at the "
-        "temperature that gives reconstructions of validation images the contrast (mean p (1 − p) "
-        "over pixels) of those images; no classifier and no test image has a part in it.")
+        "apart, greyer than any of them. Everything else in this report but the geometry is "
+        "decoded at the temperature that gives reconstructions of validation images the contrast "
+        "(mean p (1 − p) over pixels) of those images; no classifier and no test image has a part "
+        "in it.")
 
 
 def geometry_table(models: dict) -> str:

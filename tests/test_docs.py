@@ -201,9 +201,7 @@ def results_readme() -> str:
              "Every run is a folder with its configuration, its metrics and its curves, for seed 0 "
              "its pictures too; weights are not kept. A row is what one command made: the same "
              "command at the same commit and number of threads gives the same numbers on the same "
-             "kind of CPU. The pullback codes of ga-ae and ga-ae_lambda0 at 2 % were added to "
-             "those runs at commit 3c6e1c1, by their commands with `--sampler prior gaussian gmm "
-             "local pullback`.",
+             "kind of CPU. The reports name what was measured later.",
              "`classifiers/` holds the weights of the metric classifiers, one for each dataset."]
     published = ROOT / "results/published"
     for root in sorted(file.parent for file in published.rglob("report.md")):

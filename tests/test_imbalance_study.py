@@ -484,7 +484,7 @@ def test_differences_are_paired_by_seed_and_the_answer_names_them():
     text = study.answer("Digit 9", models)
     assert ("ga-ae, local against ga-ae λ=0, local (n=3): better lift's distance from 1 (−0.200, "
             "−0.200 to −0.200).") in text
-    assert "ga-ae, pullback against ga-ae, local (n=3): better rare coverage (+0.100" in text
+    assert "ga-ae, pullback against ga-ae, local (n=3): better rare coverage / real (+0.100" in text
     assert "; worse FID (+0.100" in text
     table = study.comparison_table(models)
     assert "| ga-ae, local against ga-ae λ=0, local | 3 | **−0.200** (−0.200 to −0.200)" in table
@@ -496,7 +496,7 @@ def test_differences_are_paired_by_seed_and_the_answer_names_them():
 @pytest.mark.parametrize(("lift", "n", "said"), [
     (1.0, 3, "ga-ae keeps the rare class;"), (1.1, 3, "no model keeps the rare class, undecided: "
      "ga-ae (calibrated lift within noise);"), (1.3, 3, "no model keeps the rare class;"),
-    (1.0, 1, "ga-ae keeps the rare class (n=1: no conclusion).")])
+    (1.0, 1, "with local codes ga-ae (n=1: no conclusion) keeps the rare class.")])
 def test_the_verdict_follows_the_numbers(lift, n, said):
     models = {"ga-ae": [{"config": {"seed": seed, "model": "ga-ae"}, "metrics": {
         "samplers": {"local": {
