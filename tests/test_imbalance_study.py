@@ -507,6 +507,28 @@ def test_the_verdict_follows_the_numbers(lift, n, said):
     assert said in study.answer("Digit 9", models)
 
 
+def test_codes_that_other_code_drew_are_named():
+    config = {"model": "ae", "rare_digit": 9, "rare_ratio": 0.02, "seed": 0}
+    run = {"config": config, "metrics": {"environment": {"commit": "a"}, "samplers": {
+        "prior": {}, "local": {"environment": {"commit": "a"}},
+        "pullback": {"environment": {"commit": "b"}}}}}
+    assert study.drawn_later([run, {**run, "config": config | {"seed": 1}}]) == (
+        "Codes drawn later, with `--sampler`: pullback of ae_digit9_2pct, seeds 0 1, at commit b.")
+    del run["metrics"]["samplers"]["pullback"]
+    assert study.drawn_later([run]) == ""
+
+
+def test_n_is_the_number_of_seeds_that_have_a_value():
+    scores = {"fid": 0.1, "calibrated_lift": 1.0, "calibrated_lift_low": 0.9, "copying": 1.0,
+              "calibrated_lift_high": 1.1, "calibrated_lift_confusion": 0.1, "clear_lift": 1.0}
+    known = {**scores, "rare": {"coverage": 0.9}, "rare_real": {"coverage": 0.9}}
+    few = {**scores, "rare": None, "n_rare": 3}  # too few images called rare
+    runs = [{"metrics": {"samplers": of, "fid_floor": 0.1}}
+            for of in [{"local": known}, {"local": few}, {"prior": known}]]
+    row = study.criteria_table([("ae", "local", runs)]).splitlines()[2].split("|")
+    assert row[2].strip() == "2" and "(n=1)" in row[5] and "(n=1)" not in row[3]
+
+
 def test_a_process_from_another_folder_and_an_unwritable_one(tmp_path):
     result = script("imbalance_study.py", *SMOKE, "--model", "ae", "--sampler", "prior",
                     cwd=tmp_path)
