@@ -348,8 +348,9 @@ def test_one_latent_dimension_and_a_common_rare_class(tmp_path):
     text = (tmp_path / "imbalance_study/glyphs/report.md").read_text()
     for words in ["## Digit 3 at 10 %, latent_dim 32",
                   "| digit 9 at 20 %, latent_dim 32: ae, local |",
-                  "| digit 9 at 50 %, latent_dim 1: ae, local |", "![By digit, at 10 %]",
-                  "![By digit, at 20 %]", "**By share, digit 9**", "**By share, digit 3**"]:
+                  "| digit 9 at 50 %, latent_dim 1: ae, local |",
+                  "![By digit, at 10 %, latent_dim 32]", "![By digit, at 20 %, latent_dim 32]",
+                  "**By share, digit 9, latent_dim 32**", "**By share, digit 3, latent_dim 32**"]:
         assert words in text
     assert "By digit, at 50 %" not in text
     assert all((tmp_path / "imbalance_study/glyphs" / name).exists()
