@@ -157,7 +157,7 @@ def pick_device(name: str) -> torch.device:
 
 @contextlib.contextmanager
 def full_precision() -> Iterator[None]:
-    """Float32 without TF32, whose rounding of logits would cost log p(x) more than 0.05 nats."""
+    """Float32 products and convolutions without TF32, which keeps ten bits: for log p(x)."""
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False  # of convolutions

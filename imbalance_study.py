@@ -742,7 +742,7 @@ def downstream(config: dict, folder: Path, data, device) -> None:
             "rare_recall": recall[config["rare_digit"]], "balanced_accuracy": recall.mean(),
             "geometric_mean": gmean(recall),
             "f1": f1_score(data.y_test, said, average="macro", sample_weight=equal),
-            "seconds": time.perf_counter() - began})
+            "seconds": time.perf_counter() - began, "environment": common.environment(device)})
 
 
 # ------------------------------------------------------------------------------- Figures and report
