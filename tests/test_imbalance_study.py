@@ -346,7 +346,7 @@ def test_one_latent_dimension_and_a_common_rare_class(tmp_path):
     grid = study.main([*argv, "--rare-digit", "9", "3", "3", "--rare-ratio", "0.1", "0.2"])
     assert len(grid) == 4  # in the same report
     text = (tmp_path / "imbalance_study/glyphs/report.md").read_text()
-    for words in ["## Digit 3 at 10 %, latent_dim 32",
+    for words in ["**Digit 3 at 10 %, latent_dim 32, 1,000 training images, 1 epochs.**",
                   "| digit 9 at 20 %, latent_dim 32: ae, local |",
                   "| digit 9 at 50 %, latent_dim 1: ae, local |",
                   "![By digit, at 10 %, latent_dim 32]", "![By digit, at 20 %, latent_dim 32]",
@@ -457,12 +457,12 @@ def test_a_verdict_that_noise_decides_is_called_so(lifts, half, noise):
         "calibrated_lift": v, "calibrated_lift_low": v - half, "calibrated_lift_high": v + half,
         "calibrated_lift_confusion": half / 2,
         "fid": 0.1, "copying": 0.8, "clear_lift": 1.0,
-        "rare": {"coverage": 0.9}, "rare_real": {"coverage": 0.9}}}, "fid_floor": 0.1}}
-        for v in lifts]
-    assert study.within_noise("calibrated lift", lifts, runs) == noise
-    row = study.criteria_table([("ae", "local", runs)]).splitlines()[2].split("|")
-    assert "met" in row[3] and ("within noise" in row[3]) == noise
-    assert "within noise" not in "".join(row[4:])  # the others are the same for all seeds
+        "rare": {"coverage": 0.9}, "rare_real": {"coverage": 0.9}}}, "fid_floor": 0.1},
+        "config": {"model": "ae", "rare_digit": 9, "rare_ratio": 0.02}} for v in lifts]
+    assert study.judged("calibrated lift", runs, "local") == (True, noise)
+    row = study.results_table([("ae", "local", runs)]).splitlines()[2].split("|")
+    assert "✓" in row[6] and ("≈" in row[6]) == noise
+    assert "≈" not in "".join(row[7:])  # the others are the same for all seeds
 
 
 def test_differences_are_paired_by_seed_and_the_answer_names_them():
@@ -487,9 +487,9 @@ def test_differences_are_paired_by_seed_and_the_answer_names_them():
             "−0.200 to −0.200).") in text
     assert "ga-ae, pullback against ga-ae, local (n=3): better rare coverage / real (+0.100" in text
     assert "; worse FID (+0.100" in text
-    table = study.comparison_table(models)
+    table = study.differences_table(models)
     assert "| ga-ae, local against ga-ae λ=0, local | 3 | **−0.200** (−0.200 to −0.200)" in table
-    assert study.comparison_table({"vae": models["ga-ae λ=0"]}) == ""
+    assert study.differences_table({"vae": models["ga-ae λ=0"]}) == ""
     models["ga-ae"][0]["config"]["code_penalty"] = 1  # then they differ in more than λ
     assert list(dict(study.comparisons(models))) == ["ga-ae, pullback against ga-ae, local"]
 
@@ -524,10 +524,11 @@ def test_n_is_the_number_of_seeds_that_have_a_value():
               "calibrated_lift_high": 1.1, "calibrated_lift_confusion": 0.1, "clear_lift": 1.0}
     known = {**scores, "rare": {"coverage": 0.9}, "rare_real": {"coverage": 0.9}}
     few = {**scores, "rare": None, "n_rare": 3}  # too few images called rare
-    runs = [{"metrics": {"samplers": of, "fid_floor": 0.1}}
+    runs = [{"metrics": {"samplers": of, "fid_floor": 0.1},
+             "config": {"model": "ae", "rare_digit": 9, "rare_ratio": 0.02}}
             for of in [{"local": known}, {"local": few}, {"prior": known}]]
-    row = study.criteria_table([("ae", "local", runs)]).splitlines()[2].split("|")
-    assert row[2].strip() == "2" and "(n=1)" in row[5] and "(n=1)" not in row[3]
+    row = study.results_table([("ae", "local", runs)]).splitlines()[2].split("|")
+    assert row[2].strip() == "2" and "(n=1)" in row[9] and "(n=1)" not in row[6]
 
 
 def test_a_process_from_another_folder_and_an_unwritable_one(tmp_path):
