@@ -1122,9 +1122,11 @@ def across(root: Path, cells: dict, axis: str, differ: list) -> tuple[str, list[
             lift = {v: np.mean(values(*cell, "calibrated_lift")) for v, cell in found.items()}
             least, most = (f(lift, key=lift.get) for f in (min, max))
             good, unsure = np.sum([judged("calibrated lift", *cell) for cell in found.values()], 0)
+            n = [len(values(*cell, "calibrated_lift")) for cell in found.values()]
+            seeds = f"n={min(n)}" + f" to {max(n)}" * (max(n) > min(n))
             sentences.append(
-                f"{m}: calibrated lift within {low:g}–{high:g} for {good} of {len(lift)} ({unsure} "
-                f"of the {len(lift)} within noise of a limit), from {lift[least]:.2f} "
+                f"{m} ({seeds}): calibrated lift within {low:g}–{high:g} for {good} of {len(lift)} "
+                f"({unsure} of the {len(lift)} within noise of a limit), from {lift[least]:.2f} "
                 f"({name(least)}) to {lift[most]:.2f} ({name(most)})")
         said.append(f"**By {where}**, with local codes: {'; '.join(sentences)}.")
     return "\n\n".join(said), lines
