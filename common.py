@@ -10,6 +10,7 @@ are nats per image.
 import argparse
 import contextlib
 import csv
+import ctypes
 import functools
 import hashlib
 import io
@@ -151,8 +152,20 @@ def pick_device(name: str) -> torch.device:
                         "auto")
     chosen = name if name != "auto" else next(d for d, ok in there.items() if ok)
     torch.set_float32_matmul_precision("high")  # TF32 on CUDA; statistics are float64 on the CPU
+    keep_memory()
     print(f"device: {chosen}" + ("" if name != "auto" else " (the fastest here)"))
     return torch.device(chosen)
+
+
+def keep_memory() -> None:
+    """Have glibc (Linux) keep freed memory, up to a gigabyte, for the tensors to come. Else large
+    ones go back to the system at once, and the next ones are fetched anew, page by page: a tenth
+    of a GAN's step and of an evaluation.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:
+        mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: tensors from 32 MB on still go back
+        mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
 
 
 @contextlib.contextmanager

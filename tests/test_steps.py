@@ -4,6 +4,7 @@
 """
 
 import functools
+import platform
 import types
 
 import pytest
@@ -94,3 +95,17 @@ def test_adagrad_stays_eager():
     parts = {"model": model, "optimizer": torch.optim.Adagrad(model.parameters())}
     step = lambda x: x
     assert common.fast_step(step, parts, torch.device("cpu"), True) is step
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="asks glibc")
+def test_freed_memory_serves_the_next_tensor():
+    import resource  # not on Windows
+
+    faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    common.keep_memory()
+    counts = []
+    for _ in range(30):
+        counts.append(faults())
+        tensors = [torch.ones(2**21) for _ in range(4)]  # 8 MB each, 2,048 pages
+        del tensors
+    assert counts[-1] - counts[15] < 1000, counts  # once in use, nothing is fetched anew
