@@ -872,6 +872,9 @@ def report(root: Path) -> str:
               if (m, s, of) not in shown and values(of, s, "fid")]
     others += [(f"{title(key)}: {m}", s, of) for key in cells if key != widest
                for m, s, of in compared(cells[key])]
+    clearest = [f"![{m}: clearest rare samples]({file.as_posix()})" for m, s, of in others
+                if s == headline(of)
+                and (root / (file := of[0]["folder"] / "rare_clearest.png")).exists()]
     grids = [across(root, cells, axis, differ) for axis in ["rare_digit", "rare_ratio"]]
     helps = [downstream_section(root, cells[key], title(key)) for key in cells]
     text = "\n\n".join(filter(None, [
@@ -884,7 +887,7 @@ def report(root: Path) -> str:
         results_table(shown, real=True), RESULTS_CAPTION, differences_table(models),
         *pictures(root, models, rare(cell)), quality_table(shown), decoder_table(shown),
         "## Other samplers, classes and shares\n\n" + results_table(others) if others else "",
-        *[line for _, more in grids for line in more],
+        *[line for _, more in grids for line in more], " ".join(clearest),
         *(["## Does adding generated images help a classifier?",
            *[line for _, more in helps for line in more], DOWNSTREAM_CAPTION]
           if any(said for said, _ in helps) else []),
@@ -1122,13 +1125,16 @@ def across(root: Path, cells: dict, axis: str, differ: list) -> tuple[str, list[
             lift = {v: np.mean(values(*cell, "calibrated_lift")) for v, cell in found.items()}
             least, most = (f(lift, key=lift.get) for f in (min, max))
             good, unsure = np.sum([judged("calibrated lift", *cell) for cell in found.values()], 0)
+            every = sum(all((judged(name, *cell) or [False])[0] for name in CRITERIA)
+                        for cell in found.values())
             n = [len(values(*cell, "calibrated_lift")) for cell in found.values()]
             seeds = f"n={min(n)}" + f" to {max(n)}" * (max(n) > min(n))
             sentences.append(
-                f"{m} ({seeds}): calibrated lift within {low:g}–{high:g} for {good} of {len(lift)} "
-                f"({unsure} of the {len(lift)} within noise of a limit), from {lift[least]:.2f} "
-                f"({name(least)}) to {lift[most]:.2f} ({name(most)})")
-        said.append(f"**By {where}**, with local codes: {'; '.join(sentences)}.")
+                f"- {m} ({seeds}): calibrated lift from {lift[least]:.2f} ({name(least)}) to "
+                f"{lift[most]:.2f} ({name(most)}), within {low:g}–{high:g} for {good} of "
+                f"{len(lift)} ({unsure} within noise of a limit); every criterion is met "
+                f"for {every}.")
+        said.append("\n".join([f"**By {where}**, with local codes:", "", *sentences]))
     return "\n\n".join(said), lines
 
 
