@@ -158,13 +158,13 @@ def pick_device(name: str) -> torch.device:
 
 
 def keep_memory() -> None:
-    """Have glibc (Linux) keep freed memory, up to a gigabyte, for the tensors to come. Else large
-    ones go back to the system at once, and the next ones are fetched anew, page by page: a tenth
-    of a GAN's step and of an evaluation.
+    """Have glibc (Linux) keep what is freed at the end of its heap, up to a gigabyte, and take
+    blocks below 32 MB from there. By itself it gives most of that back to the system, and the next
+    tensors fetch it anew, page by page: a tenth of a GAN's step where that was measured.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:
-        mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: tensors from 32 MB on still go back
+        mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, the largest that it would choose itself
         mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
 
 

@@ -734,11 +734,11 @@ RESULTS_CAPTION = (
     "A model's own sampler in bold; ± is the standard deviation over n seeds. ✓ and ✗: a criterion "
     "is met or missed by their mean. ≈: within noise, a limit lies in the 95 % t-interval of that "
     "mean, of the calibrated lift widened by what the classifier's confusion leaves open; other "
-    "seeds may decide otherwise. Over one seed there is only the interval of the lift within the "
-    "run, and nothing is concluded. The limits were fixed after a first version of the published "
-    "seeds had been seen. The interval within a run (the mean of the seeds' intervals) covers the "
-    "finite sample, as if its images were independent, and the confusion, not the seeds; evenly "
-    "drawn local codes and thinned real images scatter less. Recall@2000, as in the source: images "
+    "seeds may decide otherwise. One seed has no such interval, but for the lift, whose interval "
+    "within the run is taken. The limits were fixed after a first version of the published seeds "
+    "had been seen. The interval within a run (the mean of the seeds' intervals) covers the finite "
+    "sample, as if its images were independent, and the confusion, not the seeds; evenly drawn "
+    "local codes and thinned real images scatter less. Recall@2000, as in the source: images "
     "called rare among the first 2,000 over the number of rare test images. Real test images: each "
     "half, thinned to the training proportions, by the confusion of the other. FID is in the "
     "features of the metric classifier, not Inception's, against test images thinned to the "
@@ -762,15 +762,20 @@ QUALITY_CAPTION = (
     "faithful generator would have (coverage grows with their number; the mean of twenty draws). "
     "Copying is the mean distance to the nearest training image over that of test images: 1 is as "
     "new as a test image, 0 a copy.")
-DECODER_CAPTION = (
+MODELS_CAPTION = (
     "Distortion d·E[Tr G²]/E[Tr G]² − 1 and the median condition number of the pullback metric G = "
-    "JᵀJ, exact, at 512 validation codes and temperature 1; 0 and 1 for a scaled isometry. A "
-    "latent dimension that a VAE leaves unused makes G singular. The floor is the mean pixel "
-    "entropy of the validation images. The fastest epoch of all runs is shown because other work "
-    "on the machine can only slow one down. A decoder trained by likelihood draws the mean of the "
-    "images that it cannot tell apart, greyer than any of them. Everything else in this report is "
-    "decoded at the temperature that gives reconstructions of validation images the contrast (mean "
+    "JᵀJ, exact, at 512 validation codes; 0 and 1 for a scaled isometry. A latent dimension that a "
+    "VAE leaves unused makes G singular. The reconstruction's floor is the mean pixel entropy of "
+    "the validation images. The fastest epoch of all runs is shown because other work on the "
+    "machine can only slow one down.")
+TEMPERATURE_CAPTION = (
+    "A decoder trained by likelihood draws the mean of the images that it cannot tell apart, "
+    "greyer than any of them. Samples, and reconstructions where copying is measured, are decoded "
+    "at the temperature that gives reconstructions of validation images the contrast (mean "
     "p (1 − p) over pixels) of those images; no classifier and no test image has a part in it.")
+GRIDS_CAPTION = (
+    "Means over seeds, of local codes; bars: their standard deviation (none of one seed). Below, "
+    "the clearest of the samples called rare of each model with its own sampler.")
 DOWNSTREAM_CAPTION = (
     "A classifier each, with the same first weights and number of steps, on the training images "
     "and as many added ones as make the classes equal; F1 is weighted as if the test classes were "
@@ -872,7 +877,7 @@ def report(root: Path) -> str:
               if (m, s, of) not in shown and values(of, s, "fid")]
     others += [(f"{title(key)}: {m}", s, of) for key in cells if key != widest
                for m, s, of in compared(cells[key])]
-    clearest = [f"![{m}: clearest rare samples]({file.as_posix()})" for m, s, of in others
+    clearest = [f"![{m}, {s}: clearest rare samples]({file.as_posix()})" for m, s, of in others
                 if s == headline(of)
                 and (root / (file := of[0]["folder"] / "rare_clearest.png")).exists()]
     grids = [across(root, cells, axis, differ) for axis in ["rare_digit", "rare_ratio"]]
@@ -881,13 +886,15 @@ def report(root: Path) -> str:
         f"# The imbalance study on {common.DATASETS[runs[0]['config']['dataset']]}",
         "Does a generative model keep a rare class, and does the geometry of its latent space "
         "matter?",
-        answer(f"{title(widest).capitalize()}, {cell['train_size']:,} training images, "
+        answer(f"D{title(widest)[1:]}, {cell['train_size']:,} training images, "
                f"{cell['epochs']} epochs", models),
         *[said for said, _ in helps], *[said for said, _ in grids],
-        results_table(shown, real=True), RESULTS_CAPTION, differences_table(models),
-        *pictures(root, models, rare(cell)), quality_table(shown), decoder_table(shown),
+        results_table(shown, real=True), differences_table(models),
+        *pictures(root, models, rare(cell)), quality_table(shown),
+        models_table(models), temperature_table(shown),
         "## Other samplers, classes and shares\n\n" + results_table(others) if others else "",
-        *[line for _, more in grids for line in more], " ".join(clearest),
+        *[line for _, more in grids for line in more],
+        *([GRIDS_CAPTION, " ".join(clearest)] if clearest else []),
         *(["## Does adding generated images help a classifier?",
            *[line for _, more in helps for line in more], DOWNSTREAM_CAPTION]
           if any(said for said, _ in helps) else []),
@@ -955,13 +962,13 @@ def compared(models: dict[str, list]) -> list[tuple[str, str, list]]:
 def judged(name: str, runs: list, sampler: str) -> tuple[bool, bool] | None:
     """Whether the mean over seeds meets a criterion, and whether a limit is as near to it as chance
     may bring it: the seeds' and, of the calibrated lift, the confusion's, which is the same for all
-    seeds. Over one seed only the lift can tell, by its interval within the run.
+    seeds. One seed may be anywhere, but for the lift, which has an interval within the run.
     """
     key, *limits = CRITERIA[name]
     found = values(runs, sampler, key)
     if not found:
         return None
-    half = common.paired(found, [0] * len(found)).half if len(found) > 1 else 0
+    half = common.paired(found, [0] * len(found)).half
     if name == "calibrated lift":
         of = lambda end: np.mean(values(runs, sampler, f"calibrated_lift_{end}"))
         half = (math.hypot(half, of("confusion")) if len(found) > 1 else
@@ -975,21 +982,20 @@ def answer(title: str, models: dict) -> str:
     change.
     """
     def verdict(of: list) -> str:
-        """Which models keep the rare class, and of which noise alone may say that they do not."""
+        """Which models keep the rare class, and of which noise leaves it open."""
         kept, undecided = [], []
         for m, s, runs in of:
             found = {name: judged(name, runs, s) for name in CRITERIA}
-            if None in found.values():
-                continue
-            unsure = [name for name, (_, near) in found.items() if near]
-            notes = [f"{' and '.join(unsure)} within noise"] * bool(unsure)
-            notes += ["n=1: no conclusion"] * (min(len(values(runs, s, key))
-                                                   for key, *_ in CRITERIA.values()) == 1)
-            if all(meets or near for meets, near in found.values()):
-                (kept if all(meets for meets, _ in found.values()) else undecided).append(
-                    m + f" ({'; '.join(notes)})" * bool(notes))
+            missed = [name for name, of in found.items() if of and not of[0]]
+            near = [name for name, of in found.items() if not of or of[1]]  # or unknown
+            if not near and not missed:
+                kept.append(m)
+            elif set(missed) <= set(near):
+                noise = f"misses {' and '.join(missed) or 'none'}; within noise: {', '.join(near)}"
+                undecided.append(
+                    f"{m} ({noise if len(values(runs, s, 'fid')) > 1 else 'n=1'})")
         return (f"{' and '.join(kept) or 'no model'} keep{'s' * (len(kept) < 2)} the rare class"
-                + f", undecided: {' and '.join(undecided)}" * bool(undecided))
+                + f", undecided: {', '.join(undecided)}" * bool(undecided))
 
     shown = compared(models)
     text = "; ".join(f"with {whose} {verdict(of)}" for whose, of in [
@@ -1006,11 +1012,12 @@ def answer(title: str, models: dict) -> str:
     return "\n".join([f"**{title}.** {text}", *["", *said] * bool(said)])
 
 
-def table_of(shown: list, columns: dict, *above: list) -> str:
+def table_of(shown: list, columns: dict, above: list[dict] = ()) -> str:
     """A row for each (name, sampler, runs) that was measured, its own sampler bold; columns: title
-    -> key and digits, or a function of (runs, sampler).
+    -> key and digits, or a function of (runs, sampler). Rows above them: column -> cell.
     """
-    return common.table(["model, sampler", "n", *columns], [*above, *[
+    header = ["model, sampler", "n", *columns]
+    return common.table(header, [*[[row.get(name, "") for name in header] for row in above], *[
         [f"**{m}, {s}**" if s == headline(runs) else f"{m}, {s}", len(values(runs, s, "fid")),
          *[of(runs, s) if callable(of) else show(runs, s, *of) for of in columns.values()]]
         for m, s, runs in shown if values(runs, s, "fid")]])
@@ -1040,24 +1047,29 @@ def results_table(shown: list, real: bool = False) -> str:
 
     within = lambda runs, s: "–".join(
         f"{np.mean(values(runs, s, f'calibrated_lift_{end}')):.2f}" for end in ["low", "high"])
+    lift, clear, floor = (criterion("calibrated lift"), criterion("clear lift"),
+                          criterion("FID / floor", 1))
     columns = {"rare recall@2000": ("rare_recall_at_2000", 3),
-               "rare lift (arg-max)": ("rare_lift",), "source expected": expected,
-               **criterion("calibrated lift"), "95 % within a run": within,
-               **criterion("clear lift"), **criterion("rare coverage / real", 3), "FID": ("fid",),
-               **criterion("FID / floor", 1), **criterion("copying"),
+               "rare lift (arg-max)": ("rare_lift",), "source expected": expected, **lift,
+               "95 % within a run": within, **clear, **criterion("rare coverage / real", 3),
+               "FID": ("fid",), **floor, **criterion("copying"),
                "class TV": ("total_variation", 3)}
     if not real:
         return table_of(shown, columns)
-    floors = {run["config"]["seed"]: run["metrics"]["fid_floor"] for *_, runs in shown
-              for run in runs}
-    halves = [["real test images, half of them", "", "", f"{r['rare_lift']:.2f}", "",
-               f"{r['calibrated_lift']:.2f}",
+    every = {run["config"]["seed"]: run["metrics"] for *_, runs in shown for run in runs}
+    m, name = next(iter(every.values())), "model, sampler"
+    faithful = 2000 * m["n_train_rare"] / m["n_train"] / m["n_test_rare"]
+    halves = [{name: "real test images, half of them", "rare recall@2000":
+               f"{faithful * r['rare_lift']:.3f}", "rare lift (arg-max)": f"{r['rare_lift']:.2f}",
+               **dict.fromkeys(lift, f"{r['calibrated_lift']:.2f}"), "95 % within a run":
                f"{r['calibrated_lift_low']:.2f}–{r['calibrated_lift_high']:.2f}",
-               f"{r['clear_lift']:.2f}", *[""] * 4, f"{r['total_variation']:.3f}"]
-              for r in shown[0][2][0]["metrics"]["real"]]
-    return table_of(shown, columns, *halves, [
-        "real training images (the floor)", len(floors), *[""] * 7,
-        common.mean_std(list(floors.values()), 3), "1", "", ""])
+               **dict.fromkeys(clear, f"{r['clear_lift']:.2f}"),
+               "class TV": f"{r['total_variation']:.3f}"} for r in m["real"]]
+    return table_of(shown, columns, [*halves, {
+        name: "real training images (the floor)", "n": len(every), **dict.fromkeys(floor, "1"),
+        "FID": common.mean_std([of["fid_floor"] for of in every.values()], 3)}]) + (
+        f"\n\n{value(shown[0][2][0], shown[0][1], 'n'):,} samples per run. {RESULTS_CAPTION} The "
+        f"metric classifier's test accuracy is {100 * m['classifier']['accuracy']:.2f} %.")
 
 
 def comparisons(models: dict) -> list[tuple[str, dict]]:
@@ -1104,17 +1116,18 @@ def across(root: Path, cells: dict, axis: str, differ: list) -> tuple[str, list[
             if values(runs, "local", "fid"):
                 alike.setdefault(rest, {}).setdefault(m, {})[dict(key)[axis]] = (runs, "local")
     said, lines, (_, low, high) = [], [], CRITERIA["calibrated lift"]
-    for rest, of in alike.items():
-        if not (several := {m: found for m, found in of.items() if len(found) > 1}):
+    for rest, by_model in alike.items():
+        if not (several := {m: found for m, found in by_model.items() if len(found) > 1}):
             continue
         cell = dict(rest)
         if axis == "rare_digit":
-            draw, name, stem = heat_maps, "digit {}".format, f"{100 * cell['rare_ratio']:g}pct"
+            draw = lambda path, found: heat_maps(path, found, "rare digit")
+            name, stem = "digit {}".format, f"{100 * cell['rare_ratio']:g}pct"
             where = f"digit, at {100 * cell['rare_ratio']:g} %"
         else:
             draw, stem = ratios_figure, f"digit{cell['rare_digit']}"
             name, where = "{:.3g} %".format, f"share, digit {cell['rare_digit']}"
-            several = {m: {100 * v: cell for v, cell in found.items()}
+            several = {m: {100 * v: of for v, of in found.items()}
                        for m, found in several.items()}
         where += "".join(f", {k} {cell[k]}" for k in differ)
         file = f"{axis[5:]}s_{stem}{f'_{len(lines)}' * bool(lines)}.png"
@@ -1122,18 +1135,20 @@ def across(root: Path, cells: dict, axis: str, differ: list) -> tuple[str, list[
         lines.append(f"![By {where}]({file})")
         sentences = []
         for m, found in several.items():
-            lift = {v: np.mean(values(*cell, "calibrated_lift")) for v, cell in found.items()}
+            lift = {v: np.mean(values(*of, "calibrated_lift")) for v, of in found.items()}
             least, most = (f(lift, key=lift.get) for f in (min, max))
-            good, unsure = np.sum([judged("calibrated lift", *cell) for cell in found.values()], 0)
-            every = sum(all((judged(name, *cell) or [False])[0] for name in CRITERIA)
-                        for cell in found.values())
-            n = [len(values(*cell, "calibrated_lift")) for cell in found.values()]
+            good, unsure = np.sum([judged("calibrated lift", *of) for of in found.values()], 0)
+            met = [[judged(name, *of) or (False, True) for name in CRITERIA]
+                   for of in found.values()]
+            every = sum(all(meets for meets, _ in of) for of in met)
+            surely = sum(all(meets and not near for meets, near in of) for of in met)
+            n = [len(values(*of, "calibrated_lift")) for of in found.values()]
             seeds = f"n={min(n)}" + f" to {max(n)}" * (max(n) > min(n))
             sentences.append(
                 f"- {m} ({seeds}): calibrated lift from {lift[least]:.2f} ({name(least)}) to "
                 f"{lift[most]:.2f} ({name(most)}), within {low:g}–{high:g} for {good} of "
                 f"{len(lift)} ({unsure} within noise of a limit); every criterion is met "
-                f"for {every}.")
+                f"for {every} (beyond noise for {surely}).")
         said.append("\n".join([f"**By {where}**, with local codes:", "", *sentences]))
     return "\n\n".join(said), lines
 
@@ -1154,7 +1169,7 @@ def downstream_section(root: Path, models: dict[str, list], title: str) -> tuple
                     arms.setdefault(name, {})[c["seed"]] = common.load_json(file)
     baselines = [name for name in BASELINES.values() if name in arms]
     generated = [name for name in arms if name not in baselines]
-    if not generated:
+    if not generated or not baselines:
         return "", []
     of = lambda name, key: {s: 100 * metrics[key] for s, metrics in arms[name].items()}
     rows = [[name, len(arms[name]), *[common.mean_std(list(of(name, key).values()))
@@ -1181,7 +1196,7 @@ def downstream_section(root: Path, models: dict[str, list], title: str) -> tuple
                else f"No model's images are shown to be better {against}. Those of the highest "
                f"mean, {best}, are {'; '.join(said)}")
     steps = sorted({metrics["steps"] for found in arms.values() for metrics in found.values()})
-    title = title.capitalize()
+    title = title[0].upper() + title[1:]
     return f"**{title}: does adding generated images help a classifier?** {verdict}.", [
         f"### {title}, {' or '.join(f'{n:,}' for n in steps)} steps",
         common.table(["added", "n", *[f"{name} (%)" for name in DOWNSTREAM.values()]], rows),
@@ -1213,7 +1228,7 @@ def pictures(root: Path, models: dict[str, list], stem: str) -> list[str]:
             "images of the class pass; the clear lift corrects for that and for others that "
             "pass). The calibrated lift corrects for confusion among real images; it cannot "
             "correct for blends that no real image resembles.")
-    for m, s, runs in own:
+    for m, (s, runs) in {m: (s, runs) for m, s, runs in own}.items():
         folder = runs[0]["folder"].as_posix()
         names = [f"samples_{s}", "rare_clearest", "rare_least_clear", "nearest", "losses", "tsne"]
         lines += [f"### {m}, seed {runs[0]['config']['seed']}",
@@ -1223,42 +1238,50 @@ def pictures(root: Path, models: dict[str, list], stem: str) -> list[str]:
 
 
 def quality_table(shown: list) -> str:
-    of_real = lambda key, digits=2: lambda runs, s: " / ".join([
-        show(runs, s, f"rare.{key}", digits),
-        common.mean_std([np.mean(values(runs, s, f"rare_real.{key}"))], digits)]) if values(
-            runs, s, f"rare.{key}") else "–"
+    def of_real(key: str, digits: int = 2):
+        def cell(runs, s):
+            n = len(values(runs, s, f"rare.{key}"))
+            return " / ".join(show(runs, s, f"{which}.{key}", digits) for which in [
+                "rare", "rare_real"]) + f" (n={n})" * (n < len(values(runs, s, "fid")))
+        return cell
+
     columns = {"rare images": lambda runs, s: f"{np.mean(values(runs, s, 'rare_n')):.0f}",
                "rare KID / real": of_real("kid", 3),
                **{f"{key} / real": of_real(key) for key in ["precision", "density", "coverage"]},
                "copying": ("copying",), "copying, rare": ("copying_rare",),
                "s to fit and sample": ("seconds_to_sample", 0)}
-    rebuilt = [[f"{m}: reconstructions of {which} images", len(runs), *[""] * 5, *[
-        common.mean_std([v for run in runs if (v := run["metrics"][
-            f"copying_{which}_reconstructions"][i]) is not None]) for i in (0, 1)], ""]
-        for m, runs in {m: runs for m, _, runs in shown}.items() for which in ["train", "test"]]
     return ("## The rare class's quality, and copying\n\n"
-            f"{table_of(shown, columns, *rebuilt)}\n\n{QUALITY_CAPTION}")
+            f"{table_of(shown, columns)}\n\n{QUALITY_CAPTION}")
 
 
-def decoder_table(shown: list) -> str:
-    """The geometry reached, its cost, and what decoding at the temperature changes."""
-    of = lambda digits, *keys: lambda runs, s: common.show(runs, *keys, digits=digits)
-    seconds = lambda runs, s: f"{min(common.get(runs, 'seconds_per_epoch')):.1f}"
-    bent = lambda runs, s: " / ".join(
-        f"{v:.3g}" for v in common.get(runs, "flatness", "condition_number"))
-    columns = {"distortion": of(3, "flatness", "distortion"),
-               "condition number of G, by seed": bent,
-               "validation reconstruction (nats)": of(2, "validation", "reconstruction"),
-               "its floor (nats)": of(2, "validation_pixel_entropy"),
-               "s in the fastest epoch": seconds, "temperature": of(3, "temperature"),
-               **{name: (key,) for name, key in [
-                   ("FID at 1", "temperature_1.fid"), ("FID", "fid"),
-                   ("calibrated lift at 1", "temperature_1.calibrated_lift"),
-                   ("calibrated lift", "calibrated_lift"),
-                   ("clear lift at 1", "temperature_1.clear_lift"), ("clear lift", "clear_lift")]}}
-    return ("## The decoder: geometry and temperature\n\n" + table_of(
-        [(m, s, runs) for m, s, runs in shown if values(runs, s, "temperature_1.fid")], columns)
-        + f"\n\n{DECODER_CAPTION}")
+def models_table(models: dict) -> str:
+    """What does not depend on the sampler: the geometry reached, its cost, reconstructions."""
+    def copies(runs: list, which: str) -> str:
+        both = common.get(runs, f"copying_{which}_reconstructions")
+        return " / ".join(common.mean_std([v for v in of if v is not None])
+                          for of in zip(*both, strict=True))
+
+    rows = [[m, len(runs), common.show(runs, "flatness", "distortion", digits=3),
+             " / ".join(f"{v:.3g}" for v in common.get(runs, "flatness", "condition_number")),
+             common.show(runs, "validation", "reconstruction"),
+             common.show(runs, "validation_pixel_entropy"), copies(runs, "train"),
+             copies(runs, "test"), f"{min(common.get(runs, 'seconds_per_epoch')):.1f}"]
+            for m, runs in models.items()]
+    return "## The geometry reached, its cost, and reconstructions\n\n" + common.table(
+        ["model", "n", "distortion", "condition number of G, by seed",
+         "validation reconstruction (nats)", "its floor (nats)",
+         "copying: reconstructed training images, rare ones", "test images, rare ones",
+         "s in the fastest epoch"], rows) + f"\n\n{MODELS_CAPTION}"
+
+
+def temperature_table(shown: list) -> str:
+    """What decoding at the temperature of validation images changes."""
+    of = [(m, s, runs) for m, s, runs in shown if values(runs, s, "temperature_1.fid")]
+    columns = {"temperature": lambda runs, s: common.show(runs, "temperature", digits=3)}
+    for key, name in [("fid", "FID"), *[(f"{k}_lift", f"{k} lift") for k in ["calibrated",
+                                                                             "clear"]]]:
+        columns |= {f"{name} at 1": (f"temperature_1.{key}",), name: (key,)}
+    return f"## The temperature\n\n{table_of(of, columns)}\n\n{TEMPERATURE_CAPTION}" * bool(of)
 
 
 def lift_figure(path: Path, shown: list) -> None:
@@ -1298,28 +1321,27 @@ def histogram_figure(path: Path, shown: list) -> None:
     common.save_figure(path, figure)
 
 
-PANELS = [("calibrated_lift", "calibrated lift", 1), ("clear_lift", "clear lift", 1),
-          ("coverage_ratio", "rare coverage / real", 1), ("fid_ratio", "FID / floor", 0)]
+# key, name, and the factor from 1, the ideal, that is darkest in a heat map
+PANELS = [("calibrated_lift", "calibrated lift", 4), ("clear_lift", "clear lift", 4),
+          ("coverage_ratio", "rare coverage / real", 4), ("fid_ratio", "FID / floor", 400)]
 
 
-def heat_maps(path: Path, found: dict[str, dict]) -> None:
-    """Means over seeds of found: row -> column -> (runs, sampler), darker the further from the
-    ideal, 1 or 0.
-    """
+def heat_maps(path: Path, found: dict[str, dict], xlabel: str = "") -> None:
+    """Means over seeds of found: row -> column -> (runs, sampler), darker the further from 1."""
     columns = list(dict.fromkeys(c for row in found.values() for c in row))
-    figure = Figure(figsize=(12, 2 * (0.8 + 0.35 * len(found))))
-    for axes, (key, name, ideal) in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
+    figure = Figure(figsize=(12, 2 * (0.8 + 0.2 * bool(xlabel) + 0.35 * len(found))))
+    for axes, (key, name, darkest) in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
         cells = np.array([[np.mean(values(*row[c], key) or [np.nan]) if c in row else np.nan
                            for c in columns] for row in found.values()])
-        far = np.abs(np.log(np.maximum(cells, 0.05))) if ideal else cells
-        axes.imshow(far, cmap="Blues", vmin=0, vmax=1.6 * np.nanmax([*far.flat, 0.1]),
-                    aspect="auto")
+        far = np.abs(np.log(np.maximum(cells, 0.01))) / math.log(darkest)
+        axes.imshow(far.clip(max=1), cmap="Blues", vmin=0, vmax=1.6, aspect="auto")
         for (i, j), v in np.ndenumerate(cells):
             axes.text(j, i, f"{v:.{2 * (v < 10)}f}" if np.isfinite(v) else "–", ha="center",
                       va="center")
         axes.set_xticks(range(len(columns)), columns)
+        axes.set_xlabel(xlabel)
         axes.set_yticks(range(len(found)), list(found))
-        axes.set_title(f"{name} ({'1 is faithful' if ideal else 'lower is better'})", fontsize=10)
+        axes.set_title(f"{name} (1 is as real images)", fontsize=10)
     figure.tight_layout()
     common.save_figure(path, figure)
 

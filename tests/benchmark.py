@@ -11,6 +11,7 @@ with instructions for it.
 """
 
 import argparse
+import ctypes
 import functools
 import math
 import multiprocessing
@@ -161,7 +162,8 @@ def limit(step, weights: int, seconds: float, device) -> str:
 
 def apart(run, epochs: int, device) -> tuple[float, float, float]:
     """`clock` in a process of its own, without common.keep_memory."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"),
+                             torch.set_float32_matmul_precision, ("high",)) as pool:  # TF32 too
         return pool.submit(clock, run, epochs, device).result()
 
 
@@ -207,6 +209,7 @@ def peak_memory(run) -> tuple[float, float]:
     status = lambda key: next(
         int(line.split()[1]) / 1e3 for line in Path("/proc/self/status").read_text().splitlines()
         if line.startswith(key))
+    ctypes.CDLL(None).malloc_trim(0)  # what common.keep_memory keeps would count as before
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     before, began = status("VmRSS"), time.perf_counter()
     run()

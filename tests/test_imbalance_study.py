@@ -462,7 +462,8 @@ def test_a_verdict_that_noise_decides_is_called_so(lifts, half, noise):
     assert study.judged("calibrated lift", runs, "local") == (True, noise)
     row = study.results_table([("ae", "local", runs)]).splitlines()[2].split("|")
     assert "✓" in row[6] and ("≈" in row[6]) == noise
-    assert "≈" not in "".join(row[7:])  # the others are the same for all seeds
+    others = "".join(row[7:])  # the same for all seeds; one seed alone tells nothing
+    assert others.count("≈") == (4 if len(lifts) == 1 else 0)
 
 
 def test_differences_are_paired_by_seed_and_the_answer_names_them():
@@ -495,9 +496,11 @@ def test_differences_are_paired_by_seed_and_the_answer_names_them():
 
 
 @pytest.mark.parametrize(("lift", "n", "said"), [
-    (1.0, 3, "ga-ae keeps the rare class;"), (1.1, 3, "no model keeps the rare class, undecided: "
-     "ga-ae (calibrated lift within noise);"), (1.3, 3, "no model keeps the rare class;"),
-    (1.0, 1, "with local codes ga-ae (n=1: no conclusion) keeps the rare class.")])
+    (1.0, 3, "ga-ae keeps the rare class;"), (1.3, 3, "no model keeps the rare class;"),
+    (1.1, 3, "no model keeps the rare class, undecided: ga-ae (misses calibrated lift; within "
+             "noise: calibrated lift);"),
+    (1.07, 3, "undecided: ga-ae (misses none; within noise: calibrated lift);"),
+    (1.0, 1, "with local codes no model keeps the rare class, undecided: ga-ae (n=1).")])
 def test_the_verdict_follows_the_numbers(lift, n, said):
     models = {"ga-ae": [{"config": {"seed": seed, "model": "ga-ae"}, "metrics": {
         "samplers": {"local": {

@@ -106,6 +106,6 @@ def test_freed_memory_serves_the_next_tensor():
     counts = []
     for _ in range(30):
         counts.append(faults())
-        tensors = [torch.ones(2**21) for _ in range(4)]  # 8 MB each, 2,048 pages
+        tensors = [torch.ones(31 * 2**18) for _ in range(4)]  # 31 MB each, 7,936 pages
         del tensors
     assert counts[-1] - counts[15] < 1000, counts  # once in use, nothing is fetched anew
