@@ -868,7 +868,7 @@ def report(root: Path) -> str:
 
     def title(key: tuple) -> str:
         cell = dict(key)
-        return (f"digit {cell['rare_digit']} at {100 * cell['rare_ratio']:g} %"
+        return (f"{noun(cell)} {cell['rare_digit']} at {100 * cell['rare_ratio']:g} %"
                 + "".join(f", {k} {cell[k]}" for k in differ))
 
     models, cell = cells[widest], dict(widest)
@@ -886,7 +886,7 @@ def report(root: Path) -> str:
         f"# The imbalance study on {common.DATASETS[runs[0]['config']['dataset']]}",
         "Does a generative model keep a rare class, and does the geometry of its latent space "
         "matter?",
-        answer(f"D{title(widest)[1:]}, {cell['train_size']:,} training images, "
+        answer(f"{title(widest)}, {cell['train_size']:,} training images, "
                f"{cell['epochs']} epochs", models),
         *[said for said, _ in helps], *[said for said, _ in grids],
         results_table(shown, real=True), differences_table(models),
@@ -901,6 +901,10 @@ def report(root: Path) -> str:
         common.how_made(common.by_configuration(runs, variant)), drawn_later(runs)])) + "\n"
     common.save_text(root / "report.md", text)
     return text
+
+
+def noun(cell: dict) -> str:
+    return "class" if cell["dataset"] == "fashion-mnist" else "digit"
 
 
 def drawn_later(runs: list) -> str:
@@ -1009,7 +1013,7 @@ def answer(title: str, models: dict) -> str:
                                  found.items() if d.sign * COMPARED[name][2] == sign])]
         said.append(f"- {what} (n={max(d.n for d in found.values())}): "
                     f"{'; '.join(outcome) or 'nothing that can be told from noise'}.")
-    return "\n".join([f"**{title}.** {text}", *["", *said] * bool(said)])
+    return "\n".join([f"**{title[0].upper() + title[1:]}.** {text}", *["", *said] * bool(said)])
 
 
 def table_of(shown: list, columns: dict, above: list[dict] = ()) -> str:
@@ -1042,8 +1046,8 @@ def results_table(shown: list, real: bool = False) -> str:
 
     def expected(runs, s):
         c = runs[0]["config"]
-        asked = s == headline(runs) and (c["rare_digit"], c["rare_ratio"]) == (9, 0.02)
-        return SOURCE_LIFT.get(label(c), "") if asked else ""
+        asked = (c["dataset"], c["rare_digit"], c["rare_ratio"]) == ("mnist", 9, 0.02)
+        return SOURCE_LIFT.get(label(c), "") if asked and s == headline(runs) else ""
 
     within = lambda runs, s: "–".join(
         f"{np.mean(values(runs, s, f'calibrated_lift_{end}')):.2f}" for end in ["low", "high"])
@@ -1121,17 +1125,18 @@ def across(root: Path, cells: dict, axis: str, differ: list) -> tuple[str, list[
             continue
         cell = dict(rest)
         if axis == "rare_digit":
-            draw = lambda path, found: heat_maps(path, found, "rare digit")
-            name, stem = "digit {}".format, f"{100 * cell['rare_ratio']:g}pct"
-            where = f"digit, at {100 * cell['rare_ratio']:g} %"
+            draw, xlabel = heat_maps, f"rare {noun(cell)}"
+            name, stem = f"{noun(cell)} {{}}".format, f"{100 * cell['rare_ratio']:g}pct"
+            where = f"{noun(cell)}, at {100 * cell['rare_ratio']:g} %"
         else:
-            draw, stem = ratios_figure, f"digit{cell['rare_digit']}"
-            name, where = "{:.3g} %".format, f"share, digit {cell['rare_digit']}"
+            draw, xlabel = ratios_figure, "rare class, % of training images"
+            stem = f"digit{cell['rare_digit']}"
+            name, where = "{:.3g} %".format, f"share, {noun(cell)} {cell['rare_digit']}"
             several = {m: {100 * v: of for v, of in found.items()}
                        for m, found in several.items()}
         where += "".join(f", {k} {cell[k]}" for k in differ)
         file = f"{axis[5:]}s_{stem}{f'_{len(lines)}' * bool(lines)}.png"
-        draw(root / file, several)
+        draw(root / file, several, xlabel)
         lines.append(f"![By {where}]({file})")
         sentences = []
         for m, found in several.items():
@@ -1219,8 +1224,8 @@ def pictures(root: Path, models: dict[str, list], stem: str) -> list[str]:
     gap = lambda of: mean(of, "rare_lift") - mean(of, "clear_lift")
     if gap(worst := max(own, key=gap)) > 0:
         lines.append(
-            "Why arg-max lift misleads: the classifier must name one of ten digits, so blends of "
-            "neighbouring digits are called something (below, the least clear samples called "
+            "Why arg-max lift misleads: the classifier must name one of ten classes, so blends of "
+            "neighbouring ones are called something (below, the least clear samples called "
             f"rare). The widest gap is that of {worst[0]}: arg-max counts "
             f"{mean(worst, 'rare_lift'):.2f} × the training share, and "
             f"{mean(worst, 'clear_lift'):.2f} × are left when the classifier must be sure (p ≥ "
@@ -1346,7 +1351,7 @@ def heat_maps(path: Path, found: dict[str, dict], xlabel: str = "") -> None:
     common.save_figure(path, figure)
 
 
-def ratios_figure(path: Path, several: dict[str, dict]) -> None:
+def ratios_figure(path: Path, several: dict[str, dict], xlabel: str) -> None:
     """Mean and standard deviation over seeds for each model against the rare class's share in per
     cent.
     """
@@ -1359,7 +1364,7 @@ def ratios_figure(path: Path, several: dict[str, dict]) -> None:
                           [np.std(seeds, ddof=len(seeds) > 1) for seeds in of.values()],
                           marker="o", ms=4, capsize=3, label=m)
         axes.axhline(1, color="k", lw=0.8, ls=":")
-        axes.set(xscale="log", xlabel="rare class, % of training images", title=name)
+        axes.set(xscale="log", xlabel=xlabel, title=name)
         axes.set_xticks(ticks, [f"{v:g}" for v in ticks])
         axes.minorticks_off()
         axes.set_ylim(bottom=0)

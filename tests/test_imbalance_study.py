@@ -458,7 +458,8 @@ def test_a_verdict_that_noise_decides_is_called_so(lifts, half, noise):
         "calibrated_lift_confusion": half / 2,
         "fid": 0.1, "copying": 0.8, "clear_lift": 1.0,
         "rare": {"coverage": 0.9}, "rare_real": {"coverage": 0.9}}}, "fid_floor": 0.1},
-        "config": {"model": "ae", "rare_digit": 9, "rare_ratio": 0.02}} for v in lifts]
+        "config": {"dataset": "mnist", "model": "ae", "rare_digit": 9, "rare_ratio": 0.02}}
+        for v in lifts]
     assert study.judged("calibrated lift", runs, "local") == (True, noise)
     row = study.results_table([("ae", "local", runs)]).splitlines()[2].split("|")
     assert "✓" in row[6] and ("≈" in row[6]) == noise
@@ -528,7 +529,7 @@ def test_n_is_the_number_of_seeds_that_have_a_value():
     known = {**scores, "rare": {"coverage": 0.9}, "rare_real": {"coverage": 0.9}}
     few = {**scores, "rare": None, "n_rare": 3}  # too few images called rare
     runs = [{"metrics": {"samplers": of, "fid_floor": 0.1},
-             "config": {"model": "ae", "rare_digit": 9, "rare_ratio": 0.02}}
+             "config": {"dataset": "mnist", "model": "ae", "rare_digit": 9, "rare_ratio": 0.02}}
             for of in [{"local": known}, {"local": few}, {"prior": known}]]
     row = study.results_table([("ae", "local", runs)]).splitlines()[2].split("|")
     assert row[2].strip() == "2" and "(n=1)" in row[9] and "(n=1)" not in row[6]
