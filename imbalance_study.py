@@ -853,10 +853,10 @@ def report(root: Path) -> str:
     if not runs:
         raise common.UserError(f"no finished run in {root}; run without --report-only first")
     cells: dict[tuple, dict[str, list]] = {}  # runs that may be compared, by model
-    own, order = {"model", "beta", "code_penalty", "geometry", "seed"}, ["vae", "ae", "ga-ae λ=0"]
+    own, order = {"model", "beta", "code_penalty", "geometry", "seed"}, ["vae", "ae", "ga-ae"]
     for run in sorted(runs, key=lambda run: (
             run["config"]["rare_digit"], run["config"]["rare_ratio"],
-            (order.index(name) if (name := label(run["config"])) in order else len(order), name))):
+            order.index(run["config"]["model"]), run["config"].get("geometry", 0))):
         n = next(iter(run["metrics"]["samplers"].values()))["n"]
         key = (*((k, v) for k, v in run["config"].items() if k not in own), ("samples", n),
                ("classifier", run["metrics"]["classifier"]["sha256"][:8]),
