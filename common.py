@@ -87,7 +87,8 @@ class Parser(argparse.ArgumentParser):
         flag("--shard", type=shard, default="0/1", metavar="K/N",
              help="only every N-th run, from the K-th")
         flag("--compile", action="store_true",
-             help="compile the training step (CPU: needs a C++ compiler) or capture it (CUDA)")
+             help="compile the training step (CPU: needs a C++ compiler; gains where layers are "
+                  "small, not in convolutions) or capture it (CUDA)")
         flag("--tensorboard", action="store_true", help="also write TensorBoard logs")
 
     def error(self, message: str):
@@ -982,8 +983,9 @@ def mean_std(values: Sequence[float], digits: int = 2) -> str:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence]) -> str:
-    """A markdown table; the first column is text, the others numbers."""
-    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+    """A markdown table; the first column is text, the others numbers, their hyphens minus signs."""
+    cells = [[re.sub(r"(?<!\w)-(?=\d)", "−", str(cell)) for cell in row] for row in rows]
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *cells]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 

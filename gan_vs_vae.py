@@ -651,10 +651,10 @@ def report(base: Path) -> str:
     lines = [f"# GAN against VAE on {' and '.join(common.DATASETS[d] for d in datasets)}",
              "Which makes better images, a GAN or a VAE, and what does combining them bring?",
              answer(groups, datasets), "## Summary",
-             f"{of('gan')} GANs, {of('tuned-gan')} tuned GANs, {of('vae')} VAEs, {of('vae-gan')} "
-             f"hybrids; {sum(map(len, groups.values()))} runs. Every measured image is made in "
-             "eval mode, by the raw weights of the best epoch; in the tuned GANs alone by their "
-             "moving average. Pictures are those of a run's first seed. "
+             f"GANs: {of('gan')}, tuned GANs: {of('tuned-gan')}, VAEs: {of('vae')}, hybrids: "
+             f"{of('vae-gan')}; runs of all seeds: {sum(map(len, groups.values()))}. Every "
+             "measured image is made in eval mode, by the raw weights of the best epoch; in the "
+             "tuned GANs alone by their moving average. Pictures are those of a run's first seed. "
              "Nets, rates and weights of losses were chosen by the FID of validation images, of "
              "seed 100; the tuned GANs' shifts and then their width came after FashionMNIST's test "
              "images had shown more than 15 times the floor. "
