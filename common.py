@@ -39,6 +39,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 warnings.filterwarnings("ignore", message=".*torch.jit.script.* is deprecated")  # torch's own use
+warnings.filterwarnings("ignore", message=".*capturable=True, but")  # the warm-up before a capture
 HERE = Path(__file__).resolve().parent
 DATASETS = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "glyphs": "glyphs"}
 
@@ -171,7 +172,7 @@ def keep_memory() -> None:
 
 @contextlib.contextmanager
 def full_precision() -> Iterator[None]:
-    """Float32 products and convolutions without TF32, which keeps ten bits: for log p(x)."""
+    """Float32 products and convolutions without TF32, which keeps ten bits: for log p(x), G."""
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False  # of convolutions
@@ -827,6 +828,8 @@ def restore(folder: Path, config: dict, parts: dict, name: str = "checkpoint.pt"
         for part, value in parts.items():
             value.load_state_dict(saved[part])
         return saved.get("history", [])
+    except torch.OutOfMemoryError:
+        raise
     except Exception:
         raise UserError(f"{file} is not of this run; --fresh starts it over") from None
 
@@ -989,6 +992,13 @@ def table(header: Sequence[str], rows: Sequence[Sequence]) -> str:
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
+def precision(metrics: dict) -> str:
+    """Of the products and convolutions of a run's training passes (see `pick_device` for TF32)."""
+    if metrics.get("bfloat16"):
+        return "bfloat16"
+    return "TF32" if metrics["environment"]["device"].startswith("cuda") else "float32"
+
+
 def by_configuration(runs: list[dict], variant, *measured: str) -> dict[str, list[dict]]:
     """Runs that differ in the seed alone, by name: variant(config) and, where that is shared, what
     else differs. Of the metrics, those `measured` (such as a number of samples) must agree too, and
@@ -997,7 +1007,7 @@ def by_configuration(runs: list[dict], variant, *measured: str) -> dict[str, lis
     groups: dict[str, tuple[dict, list]] = {}
     for run in runs:
         same = run["config"] | {key: run["metrics"][key] for key in measured}
-        same["bfloat16"] = run["metrics"].get("bfloat16", False)
+        same["precision"] = precision(run["metrics"])
         del same["seed"]
         groups.setdefault(str(same), (same, []))[1].append(run)
     named = {}
@@ -1038,8 +1048,7 @@ def how_made(groups: dict[str, list[dict]]) -> str:
             command = re.sub(r" --seeds( \d+)+", "", e["command"])
             rows.setdefault((name, c["epochs"], c["batch_size"], c["lr"], f"`{command}`",
                              e["commit"], e["device"], e["threads"], e["torch"],
-                             "bfloat16" if run["metrics"].get("bfloat16") else "float32"),
-                            []).append(run)
+                             precision(run["metrics"])), []).append(run)
     return "## How this was made\n\n" + table(
         ["run", "epochs", "batch", "rate", "command", "commit", "device", "threads", "torch",
          "training passes", "seeds", "s to train"],

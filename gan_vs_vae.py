@@ -624,8 +624,8 @@ def best_of(groups: dict, dataset: str, model: str) -> tuple[str, list] | None:
 
 def rest(run: dict, *varied: str) -> str:
     """What runs must share to be compared, but for their seed and what is varied."""
-    both = run["config"] | {key: run["metrics"].get(key) for key in ("n", "bfloat16")}
-    return str({k: v for k, v in both.items() if k not in ("seed", *varied)})
+    both = {k: v for k, v in run["config"].items() if k not in ("seed", *varied)}
+    return str((both, run["metrics"]["n"], common.precision(run["metrics"])))
 
 
 def often(hits: list) -> str:
@@ -1005,7 +1005,7 @@ def with_parents(groups: dict, runs: list) -> list[tuple[dict, dict]]:
 
 def pairs_of(a: list, b: list) -> list[tuple[dict, dict]]:
     """Runs of the same seed, trained in the same precision, measured on as many samples."""
-    key = lambda r: (r["config"]["seed"], r["metrics"]["n"], r["metrics"].get("bfloat16"))
+    key = lambda r: (r["config"]["seed"], r["metrics"]["n"], common.precision(r["metrics"]))
     other = {key(r): r for r in b}
     return [(r, other[key(r)]) for r in a if key(r) in other]
 

@@ -425,6 +425,7 @@ def match_contrast(logits: Tensor, x: Tensor) -> float:
     return middle
 
 
+@common.full_precision()
 @torch.no_grad()
 def flatness(model: Autoencoder, z: Tensor) -> dict:
     """Distortion and median condition number of G at codes z, from the decoder's full Jacobian."""
@@ -860,7 +861,7 @@ def report(root: Path) -> str:
         n = next(iter(run["metrics"]["samplers"].values()))["n"]
         key = (*((k, v) for k, v in run["config"].items() if k not in own), ("samples", n),
                ("classifier", run["metrics"]["classifier"]["sha256"][:8]),
-               ("bfloat16", run["metrics"]["bfloat16"]))
+               ("precision", common.precision(run["metrics"])))
         cells.setdefault(key, {}).setdefault(label(run["config"]), []).append(run)
     widest = max(cells, key=lambda key: sum(map(len, cells[key].values())))  # the one in depth
     differ = [k for k, _ in widest if k not in ("rare_digit", "rare_ratio")

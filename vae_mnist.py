@@ -288,6 +288,7 @@ def train(config: dict, x: Tensor, x_val: Tensor, folder: Path, args) -> tuple[V
 # ----------------------------------------------------------------------------------------- Evaluate
 
 
+@common.full_precision()
 @torch.no_grad()
 def losses_in_chunks(model: VAE, x: Tensor, config: dict) -> list[float]:
     """(loss, reconstruction, KL) of many images, nats per image."""
@@ -640,7 +641,7 @@ def alike(groups, *keys: str) -> list[list]:
     """The groups that differ in these settings alone (and the seed), together."""
     found: dict[str, list] = {}
     for rs in groups:
-        same = rs[0]["config"] | {"bfloat16": rs[0]["metrics"].get("bfloat16", False)}
+        same = rs[0]["config"] | {"precision": common.precision(rs[0]["metrics"])}
         found.setdefault(str({k: v for k, v in same.items() if k not in {*keys, "seed"}}),
                          []).append(rs)
     return list(found.values())

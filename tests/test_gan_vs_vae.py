@@ -300,6 +300,7 @@ def test_the_best_epoch_of_a_hybrid_is_fine_tuned_and_still_reconstructs():
 def run(model, fid, seed=0, history=None, **own):
     """A finished run as the report sees it, with only what the answers need."""
     scores = {"fid": fid, "n": 100, "entropy": 2.3, "classes": 10, "recall": 0.8, "precision": 0.9,
+              "environment": {"device": "cpu"},
               "scale": {"real": {"fid": 0.1}}, "best": {"val_fid": own.pop("val_fid", fid)},
               "last": {"val_entropy": 2.3, "val_classes": 10} | own.pop("last", {}),
               "elbo": own.pop("elbo", {}), **own.pop("scores", {})}

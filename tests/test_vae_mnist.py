@@ -310,7 +310,7 @@ def run(seed=0, loss=100.0, **config):
     return {"config": settings | config, "metrics": {
         "validation": {"loss": loss}, "negative_elbo": loss, "test_loss": loss,
         "likelihood": {"nll": loss - 3, "gap": 3.0, "gap_standard_error": 0.1, "n": 9},
-        "pixel_entropy": 45.0, "bfloat16": False, "active_units": 9,
+        "pixel_entropy": 45.0, "environment": {"device": "cpu"}, "active_units": 9,
         "kl_per_dimension": [1.0, 0.01]}}
 
 
