@@ -1196,7 +1196,7 @@ def downstream_section(root: Path, models: dict[str, list], title: str) -> tuple
             (1, "better than"), (0, "not to be told from"), (-1, "worse than")]
         if (names := [b for b, own in zip(baselines, signs[best, k], strict=True) if own == sign]))
         for k in both]
-    against = f"in balanced accuracy than adding {' or '.join(baselines)}"
+    against = f"in balanced accuracy than adding each of {', '.join(baselines)}"
     verdict = (f"{'; '.join(better)}: better {against}, each interval excluding zero (not "
                "corrected for the number of models)" if better
                else f"No model's images are shown to be better {against}. Those of the highest "

@@ -439,7 +439,7 @@ def test_the_downstream_answer_follows_the_numbers(tmp_path, gain):
             common.save_json(file, {"steps": 9, **dict.fromkeys(
                 study.DOWNSTREAM, 0.8 + 0.001 * seed + more)})
     text = study.downstream_section(tmp_path, models, "digit 9 at 2 %")[0]
-    assert ("ae, local codes: better in balanced accuracy than adding nothing or shifted copies or"
+    assert ("ae, local codes: better in balanced accuracy than adding each of nothing, shifted "
             in text) == bool(gain)
     assert ("No model's images are shown to be better" in text) != bool(gain)
     assert gain or ("ae, local codes, are in balanced accuracy not to be told from nothing, worse "
