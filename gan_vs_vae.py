@@ -44,6 +44,7 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor, nn
+from torchvision.ops import Permute
 from tqdm import tqdm
 
 import common
@@ -117,6 +118,20 @@ def variant(config: dict) -> str:
 # -------------------------------------------------------------------------------------------- Model
 
 
+class Enlarge(nn.ConvTranspose2d):
+    """ConvTranspose2d(inputs, outputs, 2, stride=2) as one matrix product, from pixels (B, inputs,
+    H, W) to squares of four: in bfloat16 a third of the time of oneDNN's convolution on a CPU.
+    """
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__(inputs, outputs, 2, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight.permute(2, 3, 1, 0).flatten(0, 2)  # (2 * 2 * outputs, inputs)
+        y = F.linear(x.permute(0, 2, 3, 1), weight, self.bias.repeat(4)).unflatten(3, (2, 2, -1))
+        return y.transpose(2, 3).flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
+
+
 class Generator(nn.Module):
     """Codes (B, d) to images (B, 1, 28, 28) in (0, 1): the GAN's generator and the VAE's decoder.
 
@@ -126,17 +141,18 @@ class Generator(nn.Module):
     def __init__(self, d: int, wide: int = 1):
         super().__init__()
         a, b, c = 64 * wide, 32 * wide, 16 * wide  # channels
-        self.first = nn.Linear(d, a * 7 * 7)
+        self.first = nn.Linear(d, 7 * 7 * a)
         self.trunk = nn.Sequential(
-            nn.Unflatten(1, (a, 7, 7)), nn.BatchNorm2d(a), nn.ReLU(),
+            nn.BatchNorm2d(a), nn.ReLU(),
             nn.ConvTranspose2d(a, b, 4, stride=2, padding=1), nn.BatchNorm2d(b), nn.ReLU(),
             # (B, b, 14, 14); enlarge, then smooth: cheaper than a kernel of four, and no worse
-            nn.ConvTranspose2d(b, c, 2, stride=2), nn.BatchNorm2d(c), nn.ReLU(),
+            Enlarge(b, c), nn.BatchNorm2d(c), nn.ReLU(),
             nn.Conv2d(c, 1, 3, padding=1))  # logits (B, 1, 28, 28)
 
     @common.mixed_precision
     def logits(self, z: Tensor) -> Tensor:
-        return self.trunk(self.first(z))
+        x = self.first(z).unflatten(1, (7, 7, -1))  # channels last, as convolutions like it
+        return self.trunk(x.permute(0, 3, 1, 2))
 
     def forward(self, z: Tensor) -> Tensor:
         return self.logits(z).sigmoid()
@@ -155,7 +171,8 @@ class Convolutions(nn.Sequential):
             nn.PixelUnshuffle(2), wrap(nn.Conv2d(4, a, 3, padding=1)), nn.LeakyReLU(0.2),
             # (B, a, 14, 14)
             wrap(nn.Conv2d(a, b, 4, stride=2, padding=1)),  # (B, b, 7, 7)
-            *([] if spectral else [nn.BatchNorm2d(b)]), nn.LeakyReLU(0.2), nn.Flatten(),
+            *([] if spectral else [nn.BatchNorm2d(b)]), nn.LeakyReLU(0.2),
+            Permute([0, 2, 3, 1]), nn.Flatten(),  # channels last: no copy
             wrap(nn.Linear(b * 49, 256)), *([nn.BatchNorm1d(256)] if hidden_norm else []),
             nn.LeakyReLU(0.2), wrap(nn.Linear(256, outputs)))
 
@@ -278,7 +295,7 @@ class Gan:
         if self.average:  # BatchNorm's statistics too, not its step counts
             own, new = ([v for v in m.state_dict().values() if v.is_floating_point()]
                         for m in (self.average, self.G))
-            n = self.G.trunk[1].num_batches_tracked / 2  # G runs twice a step
+            n = self.G.trunk[0].num_batches_tracked / 2  # G runs twice a step
             for value, update in zip(own, new, strict=True):  # about the last tenth of all steps
                 value.lerp_(update, 10 / (10 + n))
         return torch.stack([loss_d, loss_g, d_norm, g_norm, (real_logits > 0).float().mean(),

@@ -46,6 +46,15 @@ def test_generator_and_vae_decoder_are_one_network_after_the_first_layer():
         study.Vae(settings("vae", latent_dim=16), device).G)
 
 
+def test_enlarging_is_a_transposed_convolution():
+    layer, x = study.Enlarge(5, 3), torch.randn(2, 5, 4, 6)
+    both = [f(layer, x) for f in (study.Enlarge.forward, torch.nn.ConvTranspose2d.forward)]
+    assert torch.allclose(*both, atol=1e-6)
+    by = torch.randn_like(both[0])
+    ours, theirs = (torch.autograd.grad(y, list(layer.parameters()), by) for y in both)
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(ours, theirs, strict=True))
+
+
 def test_the_step_of_d_leaves_g_alone_and_noise_is_fresh(monkeypatch):
     gan = study.Gan(settings("gan"), torch.device("cpu"))
     seen, steps, attached = [], [], []
@@ -102,7 +111,7 @@ def test_the_elbo_against_torch_distributions():
 @pytest.mark.parametrize(("steps", "weight"), [(0, 10 / 11), (989, 0.01)])
 def test_the_moving_average_is_that_of_the_last_tenth_of_the_steps(steps, weight):
     gan = study.Gan(settings("tuned-gan"), torch.device("cpu"))
-    gan.G.trunk[1].num_batches_tracked += 2 * steps
+    gan.G.trunk[0].num_batches_tracked += 2 * steps
     old = gan.average.first.weight.clone()
     gan.step(torch.rand(16, 1, 28, 28), 0)
     want = (1 - weight) * old + weight * gan.G.first.weight
