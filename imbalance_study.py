@@ -85,8 +85,7 @@ DOWNSTREAM_STEPS = 3000
 def parse_args(argv=None):
     p = common.Parser(__doc__, epochs=30, batch_size=128, lr=2e-3)
     flag, number = p.add_argument, common.number
-    flag("--model", choices=["vae", "ae", "ga-ae"], nargs="+", default=["vae", "ae", "ga-ae"],
-         help="what to train")
+    flag("--model", choices=HEADLINE, nargs="+", default=list(HEADLINE), help="what to train")
     flag("--rare-digit", type=number(int, 0, 9), nargs="+", default=[9], help="the class made rare")
     flag("--rare-ratio", type=number(float, 0, 0.5, above=True), nargs="+", default=[0.02],
          help="its share")
@@ -854,7 +853,7 @@ def report(root: Path) -> str:
     if not runs:
         raise common.UserError(f"no finished run in {root}; run without --report-only first")
     cells: dict[tuple, dict[str, list]] = {}  # runs that may be compared, by model
-    own, order = {"model", "beta", "code_penalty", "geometry", "seed"}, ["vae", "ae", "ga-ae"]
+    own, order = {"model", "beta", "code_penalty", "geometry", "seed"}, list(HEADLINE)
     for run in sorted(runs, key=lambda run: (
             run["config"]["rare_digit"], run["config"]["rare_ratio"],
             order.index(run["config"]["model"]), run["config"].get("geometry", 0))):
@@ -899,7 +898,8 @@ def report(root: Path) -> str:
         *(["## Does adding generated images help a classifier?",
            *[line for _, more in helps for line in more], DOWNSTREAM_CAPTION]
           if any(said for said, _ in helps) else []),
-        common.how_made(common.by_configuration(runs, variant)), drawn_later(runs)])) + "\n"
+        common.how_made(common.by_configuration(runs, variant)),
+        measured_later(root, runs)])) + "\n"
     common.save_text(root / "report.md", text)
     return text
 
@@ -908,17 +908,20 @@ def noun(cell: dict) -> str:
     return "class" if cell["dataset"] == "fashion-mnist" else "digit"
 
 
-def drawn_later(runs: list) -> str:
-    """Which codes other code drew than that which trained the run."""
+def measured_later(root: Path, runs: list) -> str:
+    """What other code measured than that which trained the run."""
     later: dict[tuple, list] = {}
     for run in runs:
-        for sampler, scores in run["metrics"]["samplers"].items():
-            made = scores.get("environment", run["metrics"]["environment"])
-            if made["commit"] != run["metrics"]["environment"]["commit"]:
-                later.setdefault((variant(run["config"]), sampler, made["commit"]), []).append(run)
-    return "Codes drawn later, with `--sampler`: " + "; ".join(
-        f"{sampler} of {name}, seeds {' '.join(str(run['config']['seed']) for run in of)}, at "
-        f"commit {commit}" for (name, sampler, commit), of in later.items()) + "." if later else ""
+        own = run["metrics"]["environment"]
+        parts = run["metrics"]["samplers"] | {
+            file.stem: common.load_json(file)
+            for file in sorted((root / run["folder"]).glob("downstream*.json"))}
+        for part, scores in parts.items():
+            if (commit := scores.get("environment", own)["commit"]) != own["commit"]:
+                later.setdefault((part, variant(run["config"]), commit), []).append(run)
+    return "Measured later, with `--sampler` or `--downstream`: " + "; ".join(
+        f"{part} of {name}, seeds {' '.join(str(run['config']['seed']) for run in of)}, at "
+        f"commit {commit}" for (part, name, commit), of in later.items()) + "." if later else ""
 
 
 def value(run: dict, sampler: str, key: str) -> float | None:

@@ -82,7 +82,7 @@ def vae_table() -> str:
     floor = np.mean(get(runs, "fid_floor"))
     rows.sort(key=lambda row: (row[2], row[0], row[1], row[3]))
     return common.table(["net", "d", "pixels", "objective", "optimiser", "n", "validation",
-                         "−ELBO", "NLL", "published", "active units",
+                         "−ELBO", "NLL", "reported", "active units",
                          f"FID (floor {floor:.2f})"], rows)
 
 

@@ -6,6 +6,7 @@
 import math
 import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -512,15 +513,21 @@ def test_the_verdict_follows_the_numbers(lift, n, said):
     assert said in study.answer("Digit 9", models)
 
 
-def test_codes_that_other_code_drew_are_named():
+def test_what_other_code_measured_is_named(tmp_path):
     config = {"model": "ae", "rare_digit": 9, "rare_ratio": 0.02, "seed": 0}
-    run = {"config": config, "metrics": {"environment": {"commit": "a"}, "samplers": {
-        "prior": {}, "local": {"environment": {"commit": "a"}},
-        "pullback": {"environment": {"commit": "b"}}}}}
-    assert study.drawn_later([run, {**run, "config": config | {"seed": 1}}]) == (
-        "Codes drawn later, with `--sampler`: pullback of ae_digit9_2pct, seeds 0 1, at commit b.")
+    run = {"config": config, "folder": Path("run"), "metrics": {
+        "environment": {"commit": "a"},
+        "samplers": {"prior": {}, "local": {"environment": {"commit": "a"}},
+                     "pullback": {"environment": {"commit": "b"}}}}}
+    (tmp_path / "run").mkdir()
+    said = "Measured later, with `--sampler` or `--downstream`: "
+    assert study.measured_later(tmp_path, [run, {**run, "config": config | {"seed": 1}}]) == (
+        said + "pullback of ae_digit9_2pct, seeds 0 1, at commit b.")
     del run["metrics"]["samplers"]["pullback"]
-    assert study.drawn_later([run]) == ""
+    assert study.measured_later(tmp_path, [run]) == ""
+    common.save_json(tmp_path / "run/downstream.json", {"environment": {"commit": "c"}})
+    assert study.measured_later(tmp_path, [run]) == (
+        said + "downstream of ae_digit9_2pct, seeds 0, at commit c.")
 
 
 def test_n_is_the_number_of_seeds_that_have_a_value():
