@@ -1345,8 +1345,8 @@ def heat_maps(path: Path, found: dict[str, dict], xlabel: str = "") -> None:
         far = np.abs(np.log(np.maximum(cells, 0.01))) / math.log(darkest)
         axes.imshow(far.clip(max=1), cmap="Blues", vmin=0, vmax=1.6, aspect="auto")
         for (i, j), v in np.ndenumerate(cells):
-            axes.text(j, i, f"{v:.{2 * (v < 10)}f}" if np.isfinite(v) else "–", ha="center",
-                      va="center")
+            text = f"{v:.{2 * (v < 10)}f}".replace("-", "−") if np.isfinite(v) else "–"
+            axes.text(j, i, text, ha="center", va="center")
         axes.set_xticks(range(len(columns)), columns)
         axes.set_xlabel(xlabel)
         axes.set_yticks(range(len(found)), list(found))

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import datasets, transforms
@@ -104,12 +105,22 @@ def our_vae(x, x_test, epochs: int, compiled: bool) -> float:
 def usual_gan(data_dir: str, device, epochs: int) -> float:
     train, _ = loaders(data_dir)
     torch.manual_seed(0)
-    common.BFLOAT16 = False
-    G = gan_vs_vae.Generator(GAN["z_dim"]).to(device)
-    D = gan_vs_vae.Convolutions(1, hidden_norm=True).to(device)
+    G = nn.Sequential(
+        nn.Linear(GAN["z_dim"], 3136), nn.Unflatten(1, (64, 7, 7)), nn.BatchNorm2d(64), nn.ReLU(),
+        nn.ConvTranspose2d(64, 32, 4, stride=2, padding=1), nn.BatchNorm2d(32), nn.ReLU(),
+        nn.ConvTranspose2d(32, 16, 2, stride=2), nn.BatchNorm2d(16), nn.ReLU(),
+        nn.Conv2d(16, 1, 3, padding=1), nn.Sigmoid()).to(device)
+    D = nn.Sequential(
+        nn.PixelUnshuffle(2), nn.Conv2d(4, 24, 3, padding=1), nn.LeakyReLU(0.2),
+        nn.Conv2d(24, 48, 4, stride=2, padding=1), nn.BatchNorm2d(48), nn.LeakyReLU(0.2),
+        nn.Flatten(), nn.Linear(48 * 49, 256), nn.BatchNorm1d(256), nn.LeakyReLU(0.2),
+        nn.Linear(256, 1)).to(device)
+    ours = gan_vs_vae.Gan(GAN, device)
+    assert all([w.shape for w in a.parameters()] == [w.shape for w in b.parameters()]
+               for a, b in [(G, ours.G), (D, ours.D)]), "not the same networks"
     optimizer_G, optimizer_D = (torch.optim.Adam(m.parameters(), lr=2e-4, betas=(0.5, 0.999))
                                 for m in (G, D))
-    bce = torch.nn.BCEWithLogitsLoss()
+    bce = nn.BCEWithLogitsLoss()
     for _ in range(epochs):
         for x, _y in train:
             x, ones = x.to(device), torch.ones(len(x), 1, device=device)
