@@ -321,7 +321,7 @@ def train(config: dict, x: Tensor, x_val: Tensor, folder: Path, args) -> tuple[A
                **dict(zip([f"val_{k}" for k in names], val.tolist(), strict=True)),
                "seconds": seconds}
         history.append(row)
-        best = row["val_loss"] <= min(h["val_loss"] for h in history)
+        best = min(history, key=lambda row: row["val_loss"])["epoch"] == epoch
         common.save_epoch(folder, config, history, parts, best, board)
         bar.set_postfix(train=f"{row['train_loss']:.2f}", val=f"{row['val_loss']:.2f}",
                         refresh=False)

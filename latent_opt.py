@@ -878,7 +878,7 @@ def finished(folder: Path, args) -> dict:
         if there["codes"] > args.codes or there["n_test"] > args.test_images:
             raise common.UserError(f"{folder} was measured on {there['n_test']} images with "
                                    f"{there['codes']} codes; ask for at least as many of both")
-        if not (folder / "vae/checkpoint.pt").exists():
+        if not all((folder / kind / "checkpoint.pt").exists() for kind in MODELS):
             raise common.UserError(f"{folder} was measured on {there['n_test']} images with "
                                    f"{there['codes']} codes and has no weights to measure more; "
                                    "--fresh trains it again")

@@ -276,7 +276,7 @@ def train(config: dict, x: Tensor, x_val: Tensor, folder: Path, args) -> tuple[V
             "epoch": epoch,
             **dict(zip([f"train_{k}" for k in names], losses.mean(0).tolist(), strict=True)),
             **dict(zip([f"val_{k}" for k in names], val, strict=True)), "seconds": seconds})
-        best = history[-1]["val_loss"] <= min(h["val_loss"] for h in history)
+        best = min(history, key=lambda row: row["val_loss"])["epoch"] == epoch
         common.save_epoch(folder, config, history, parts, best, board)
         bar.set_postfix(train=f"{losses[:, 0].mean():.2f}", val=f"{val[0]:.2f}", refresh=False)
         bar.update()
@@ -747,16 +747,16 @@ def comparisons(groups: dict[str, list]) -> list[str]:
                                     f"(n={len(scores(rs))})" for rs in sorted(tried, key=rate))
                         + f". The best is {best:g}"
                         + (", at the edge of those tried." if edge else "."))
-    depth = lambda rs: len(rs[0]["config"]["hidden"])
     for question, keys, among in [
             ("Adagrad or Adam, each at the best of the rates tried, both decaying to 0?",
              ["optimizer", "lr"], at_best),
             ("Does a further hidden layer help?", ["hidden"], every),
             ("Does the tighter bound help?", ["objective", "k"], every)]:
-        for first, *others in alike(among, *keys):
-            for other in others:
-                if keys != ["hidden"] or depth(first) != depth(other):
-                    said += compared(question, keys, other, first)
+        for first, other in itertools.chain.from_iterable(
+                itertools.combinations(of, 2) for of in alike(among, *keys)):
+            small, large = (rs[0]["config"]["hidden"] for rs in (first, other))
+            if keys != ["hidden"] or small == large[:len(small)]:  # else the widths differ too
+                said += compared(question, keys, other, first)
     for of in alike(every, "latent_dim"):
         if len(of) > 1:
             c = of[0][0]["config"]
@@ -856,8 +856,9 @@ def finished(folder: Path, args) -> dict:
     """
     file = folder / "final_metrics.json"
     metrics = common.load_json(file) if file.exists() else {}
-    if metrics and metrics["likelihood"]["n"] < args.likelihood_images and not (
-            folder / "checkpoint.pt").exists():
+    weights = [folder / name for name in ("checkpoint.pt", "best_model.pt")]
+    if metrics and metrics["likelihood"]["n"] < args.likelihood_images and not all(
+            file.exists() for file in weights):
         raise common.UserError(f"{folder} has the likelihood of {metrics['likelihood']['n']} "
                                "images and no weights to measure more; --fresh trains it again")
     return metrics

@@ -330,6 +330,9 @@ def test_only_like_is_compared_with_like():
     runs = [run(seed) for seed in range(3)]
     wide = [run(seed, 99, hidden=[400]) for seed in range(3)]
     assert "further hidden layer" not in " ".join(study.comparisons(study.arranged(runs + wide)))
+    deep = [run(seed, 96, hidden=[500, 500]) for seed in range(3)]
+    text = " ".join(study.comparisons(study.arranged(runs + wide + deep)))
+    assert "mlp500-500 against mlp500:" in text and "against mlp400" not in text
     coarse = [run(seed, 90) for seed in range(3)]
     for r in coarse:
         r["metrics"]["bfloat16"] = True
