@@ -48,7 +48,6 @@ from common import get, show
 
 IMPORTANCE_SAMPLES = 5000
 PAIRS = 1000  # of test images to interpolate between
-TRAINED = ["bfloat16", "environment"]  # of the training: kept when more is measured later
 STEPS = torch.linspace(0, 1, 11)  # of an interpolation: both ends and nine images between them
 
 # ------------------------------------------------------------------------------------------- Config
@@ -73,15 +72,14 @@ def parse_args(argv=None):
 
 def grid(args, dataset: str) -> list[dict]:
     """The configuration of every run asked for."""
-    unique = lambda values: list(dict.fromkeys(values))
+    lists = args.latent_dim, args.optimizer, args.lr, args.seeds
     return [{"dataset": dataset, "arch": args.arch,
              "hidden": args.hidden if args.arch == "mlp" else [], "latent_dim": d,
              "binarize": args.binarize, "objective": args.objective,
              "k": args.k if args.objective == "iwae" else 1, "optimizer": optimizer, "lr": lr,
              "batch_size": args.batch_size, "epochs": args.epochs,
              "train_size": args.train_size or 55_000, "seed": seed}
-            for d in unique(args.latent_dim) for optimizer in unique(args.optimizer)
-            for lr in unique(args.lr) for seed in unique(args.seeds)]
+            for d, optimizer, lr, seed in itertools.product(*map(dict.fromkeys, lists))]
 
 
 def network(config: dict) -> str:
@@ -90,13 +88,11 @@ def network(config: dict) -> str:
 
 
 def variant(config: dict) -> str:
-    """A run's folder: 'mlp500_z20_dynamic_adam_0.001', 'mlp200-200_z50_dynamic_iwae5_adam_0.001'.
-    """
-    parts = [network(config), f"z{config['latent_dim']}",
-             "grey" if config["binarize"] == "none" else config["binarize"]]
-    if config["objective"] == "iwae":
-        parts.append(f"iwae{config['k']}")
-    return "_".join([*parts, config["optimizer"], f"{config['lr']:g}"])
+    """A run's folder, such as 'mlp200-200_z50_dynamic_iwae5_adam_0.001'."""
+    pixels = "grey" if config["binarize"] == "none" else "dynamic"
+    bound = [f"iwae{config['k']}"] if config["objective"] == "iwae" else []
+    return "_".join([network(config), f"z{config['latent_dim']}", pixels, *bound,
+                     config["optimizer"], f"{config['lr']:g}"])
 
 
 # -------------------------------------------------------------------------------------------- Model
@@ -360,10 +356,9 @@ def interpolate(data: common.Data, mu: Tensor, decode, classifier) -> tuple[dict
     sure = lambda x: classifier.look(x)[1].amax(1) >= 0.9
     shares = {"real": float(sure(torch.cat([x_a, x_b])).double().mean()), "pairs": len(a)}
     shown = {}
-    for name, path in [
-            ("linear", lerp(mu[a], mu[b], STEPS)), ("spherical", slerp(mu[a], mu[b], STEPS)),
-            ("pixels", lerp(x_a, x_b, STEPS))]:
-        x = path.flatten(0, 1) if name == "pixels" else decode(path.flatten(0, 1))
+    for name, x in [("linear", decode(lerp(mu[a], mu[b], STEPS).flatten(0, 1))),
+                    ("spherical", decode(slerp(mu[a], mu[b], STEPS).flatten(0, 1))),
+                    ("pixels", lerp(x_a, x_b, STEPS).flatten(0, 1))]:
         is_sure = sure(x).view(len(a), -1)
         shares[name] = is_sure.double().mean(0).tolist()
         shown[name] = x.view(len(a), len(STEPS), 1, 28, 28)[:6], is_sure[:6]
@@ -431,23 +426,22 @@ def evaluate(config: dict, args, data, real, model, history, classifier, folder,
     assert not model.training, "models are measured in eval mode"
     grey, d = config["binarize"] == "none", config["latent_dim"]
     x_test = (data.x_test if grey else binarize(data.x_test, "test")).to(device)
-    in_chunks = lambda f, x: torch.cat([f(c.to(device)).cpu() for c in x.split(1000)])
-    decode = torch.no_grad()(lambda z: in_chunks(model.decode, z))
-    encode = torch.no_grad()(lambda x: in_chunks(lambda c: torch.cat(model.encode(c), 1), x))
+    in_chunks = torch.no_grad()(
+        lambda f, x: torch.cat([f(c.to(device)).cpu() for c in x.split(1000)]))
+    decode = lambda z: in_chunks(model.decode, z)
 
     torch.manual_seed(common.seed_from(config["seed"], "test"))
     as_elbo = {**config, "objective": "elbo"}  # ten codes an image: the noise is below 0.02 nats
     test = np.mean([losses_in_chunks(model, x_test, as_elbo) for _ in range(10)], 0).tolist()
     own = test[0] if config["objective"] == "elbo" else losses_in_chunks(model, x_test, config)[0]
-    mu, logvar = encode(x_test).chunk(2, dim=1)
-    some = torch.randperm(len(x_test), generator=common.generator("likelihood"))
-    some = some[:args.likelihood_images].to(device)
+    mu, logvar = in_chunks(model.encoder, x_test).chunk(2, dim=1)
+    order = torch.randperm(len(x_test), generator=common.generator("likelihood"))
+    some = order[:args.likelihood_images].to(device)
     z = torch.randn(len(x_test), d, generator=common.generator(config["seed"], "prior"))
     x_gen = decode(z)
     shares, shown = interpolate(data, mu, decode, classifier)
     best = min(history, key=lambda row: row["val_loss"])
     p = data.x_test.double()
-    mean = p.mean(0)
     entropy = lambda p: torch.special.entr(p) + torch.special.entr(1 - p)
     metrics = {
         "protocol": "grey pixels, cross-entropy" if grey else
@@ -457,7 +451,7 @@ def evaluate(config: dict, args, data, real, model, history, classifier, folder,
         "validation": {k[4:]: v for k, v in best.items() if k.startswith("val_")},
         "test_loss": own, "negative_elbo": test[0], "reconstruction": test[1], "kl": test[2],
         "pixel_entropy": float(entropy(p).sum() / len(p)),
-        "independent_pixels": float(entropy(mean).sum()),
+        "independent_pixels": float(entropy(p.mean(0)).sum()),
         "likelihood": estimate_likelihood(model, x_test[some], d, test[0]),
         "kl_per_dimension": kl_per_dimension(mu, logvar).mean(0).tolist(),
         "active_units": int((mu.var(0) > 0.01).sum()),
@@ -486,15 +480,15 @@ def figures(config: dict, folder: Path, history: list, metrics: dict, data, x_te
                      f"{name}: decoded means of codes from the prior")
 
     figure = Figure(figsize=(11, 3))
-    for axes, key in zip(figure.subplots(1, 3), ["loss", "reconstruction", "kl"], strict=True):
+    floor = f" (floor {metrics['pixel_entropy']:.2f})" if config["binarize"] == "none" else ""
+    for axes, (key, title) in zip(figure.subplots(1, 3), {
+            "loss": f"loss{floor}", "reconstruction": "reconstruction", "kl": "KL"}.items(),
+            strict=True):
         for which in ["train", "val"]:
             axes.plot([row["epoch"] for row in history], [row[f"{which}_{key}"] for row in history],
                       label=which)
         late = [row[f"{w}_{key}"] for row in history[len(history) // 20:] for w in ["train", "val"]]
         margin = 0.05 * (max(late) - min(late)) + 1e-6  # the first epochs would flatten the rest
-        title = key if key != "kl" else "KL"
-        if key == "loss" and config["binarize"] == "none":
-            title = f"loss (floor {metrics['pixel_entropy']:.2f})"
         axes.set(xlabel="epoch", ylabel="nats per image", title=title,
                  ylim=(min(late) - margin, max(late) + margin))
         axes.axvline(metrics["best_epoch"], color="k", lw=0.8, ls=":", label="best epoch")
@@ -511,8 +505,7 @@ def figures(config: dict, folder: Path, history: list, metrics: dict, data, x_te
                  title=f"{name}: {metrics['active_units']} active units")
         common.save_figure(folder / "kl_per_dimension.png", figure)
 
-    probability = (torch.arange(20) + 0.5) / 20  # the prior's quantiles: all parts weigh the same
-    axis = torch.special.ndtri(probability)
+    axis = torch.special.ndtri((torch.arange(20) + 0.5) / 20)  # quantiles: all weigh the same
     if d == 1:
         common.save_grid(folder / "decoded_line.png", decode(axis[:, None]), 20,
                          "decoded line: z from the prior's 2.5 % to its 97.5 % quantile")
@@ -538,31 +531,28 @@ def figures(config: dict, folder: Path, history: list, metrics: dict, data, x_te
 
 def codes_figure(path: Path, name: str, mu: Tensor, y: Tensor) -> None:
     """Code means of test images by class: histograms for d = 1, the plane for 2, else t-SNE."""
-    figure, d = Figure(figsize=(5.5, 5)), mu.shape[1]
+    figure, at, d = Figure(figsize=(5.5, 5)), mu.numpy(), mu.shape[1]
     axes = figure.subplots()
+    axes.set_title(f"{name}: codes of test images")
     if d == 1:
-        bins = np.linspace(mu.min().item(), mu.max().item(), 80)
+        bins = np.linspace(at.min(), at.max(), 80)
         for digit in range(10):
-            count, _ = np.histogram(mu[y == digit, 0], bins)
+            count, _ = np.histogram(at[y == digit, 0], bins)
             axes.fill_between(bins[1:], -digit, 0.9 * count / count.max() - digit, step="pre",
                               color=f"C{digit}")
         for edge in (-1.96, 1.96):
             axes.axvline(edge, color="k", lw=0.8, ls=":")
         axes.set(yticks=-np.arange(10), yticklabels=range(10), ylabel="class",
-                 xlabel="z (dotted: 95 % of the prior)", title=f"{name}: codes of test images")
-        return common.save_figure(path, figure)
-    at = mu.numpy()
-    if d > 2:
-        from sklearn.manifold import TSNE  # a second to import
-        at, y = TSNE(random_state=0).fit_transform(at[:2000].astype(np.float64)), y[:2000]
-    for digit in range(10):
-        here = at[y.numpy() == digit]
-        axes.plot(*here.T, ".", ms=3, color=f"C{digit}", alpha=0.6, label=digit)
-    axes.legend(markerscale=4, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    axes.set_aspect("equal")
-    axes.set(title=f"{name}: codes of test images")
-    if d > 2:
-        axes.set(xticks=[], yticks=[], title=f"{name}: t-SNE of 2,000 test images' codes")
+                 xlabel="z (dotted: 95 % of the prior)")
+    else:
+        if d > 2:
+            from sklearn.manifold import TSNE  # a second to import
+            at, y = TSNE(random_state=0).fit_transform(at[:2000].astype(np.float64)), y[:2000]
+            axes.set(xticks=[], yticks=[], title=f"{name}: t-SNE of 2,000 test images' codes")
+        for digit in range(10):
+            axes.plot(*at[y == digit].T, ".", ms=3, color=f"C{digit}", alpha=0.6, label=digit)
+        axes.legend(markerscale=4, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+        axes.set_aspect("equal")
     common.save_figure(path, figure)
 
 
@@ -871,13 +861,12 @@ def main(argv=None) -> dict:
         return common.write_reports(report, base, args.dataset)
     device, data = common.pick_device(args.device), common.load_data(args.dataset, args.data_dir)
     runs = grid(args, data.name)[args.shard]
-    root = base / data.name
-    folders = [root / variant(c) / f"seed_{c['seed']}" for c in runs]
+    names = [f"{variant(c)}/seed_{c['seed']}" for c in runs]
+    folders = [base / data.name / name for name in names]
     parts = [common.split(data, config) for config in runs]
     common.open_runs(folders, runs, args)
     classifier = common.load_classifier(data, device)
     real = [classifier.look(x)[0] for x in (data.x_test, data.x_train[:10_000])]
-    names = [f"{variant(c)}/seed_{c['seed']}" for c in runs]
     metrics = {name: finished(folder, args) for name, folder in zip(names, folders, strict=True)}
     failed = []
     for name, config, part, folder in zip(names, runs, parts, folders, strict=True):
@@ -893,10 +882,11 @@ def main(argv=None) -> dict:
             failed.append(str(error))
             continue
         metrics[name] = evaluate(config, args, data, real, model, history, classifier, folder,
-                                 device) | {k: there[k] for k in TRAINED if there}
+                                 device)
+        for key in there and ("bfloat16", "environment"):  # of the training, which was earlier
+            metrics[name][key] = there[key]
         common.save_json(folder / "final_metrics.json", metrics[name])
-    metrics = {name: found for name, found in metrics.items() if found}
-    if metrics:
+    if any(metrics.values()):
         common.write_reports(report, base, data.name)
     if failed:
         raise common.UserError("; ".join(failed))
