@@ -481,9 +481,8 @@ def figures(config: dict, folder: Path, history: list, metrics: dict, data, x_te
 
     figure = Figure(figsize=(11, 3))
     floor = f" (floor {metrics['pixel_entropy']:.2f})" if config["binarize"] == "none" else ""
-    for axes, (key, title) in zip(figure.subplots(1, 3), {
-            "loss": f"loss{floor}", "reconstruction": "reconstruction", "kl": "KL"}.items(),
-            strict=True):
+    titles = {"loss": f"loss{floor}", "reconstruction": "reconstruction", "kl": "KL"}
+    for axes, (key, title) in zip(figure.subplots(1, 3), titles.items(), strict=True):
         for which in ["train", "val"]:
             axes.plot([row["epoch"] for row in history], [row[f"{which}_{key}"] for row in history],
                       label=which)
@@ -556,8 +555,8 @@ def codes_figure(path: Path, name: str, mu: Tensor, y: Tensor) -> None:
     common.save_figure(path, figure)
 
 
-def report(root: Path) -> str:
-    """Write report.md from every finished run below root; returns the text."""
+def report(root: Path) -> None:
+    """Write report.md from every finished run below root."""
     runs = common.finished_runs(root)
     if not runs:
         raise common.UserError(f"no finished run in {root}; run without --report-only first")
@@ -566,25 +565,20 @@ def report(root: Path) -> str:
     lines = [f"# Variational autoencoders on {name}\n\nHow good is a VAE, measured by the "
              "likelihood that its bound hides?", answer(groups)]
     for protocol, title in [("dynamic", "Binarised pixels"), ("none", "Grey pixels")]:
-        of = {v: rs for v, rs in groups.items() if rs[0]["config"]["binarize"] == protocol}
-        if of:
-            lines += [f"## {title}", results_table(of, protocol == "none"), second_table(of)]
-    lines.append(COLUMNS)
-    lines += comparisons(groups) + exact_table(groups) + interpolation_table(groups)
-    lines += ["## Pictures", "Of runs that differ in optimiser or rate alone one is shown; the "
+        if of := {v: rs for v, rs in groups.items() if rs[0]["config"]["binarize"] == protocol}:
+            lines += [f"## {title}", *tables(of, protocol == "none")]
+    lines += [COLUMNS, *comparisons(groups), *exact_table(groups), *interpolation_table(groups),
+              "## Pictures", "Of runs that differ in optimiser or rate alone one is shown; the "
               "others have the same pictures in their folders."]
-    for v, runs in chosen(groups).items():
-        files = ["samples.png", "reconstructions.png", "decoded_line.png", "decoded_plane.png",
-                 "codes.png", "losses.png", "kl_per_dimension.png", "interpolation.png",
-                 "interpolation_confidence.png"]
-        folder = runs[0]["folder"]
-        lines += [f"### {v}, seed {runs[0]['config']['seed']}",
+    files = ["samples.png", "reconstructions.png", "decoded_line.png", "decoded_plane.png",
+             "codes.png", "losses.png", "kl_per_dimension.png", "interpolation.png",
+             "interpolation_confidence.png"]
+    for v, rs in chosen(groups).items():
+        folder = rs[0]["folder"]
+        lines += [f"### {v}, seed {rs[0]['config']['seed']}",
                   *[f"![{v}: {f}]({folder.as_posix()}/{f})" for f in files
                     if (root / folder / f).exists()]]
-    lines.append(common.how_made(groups))
-    text = "\n\n".join(lines) + "\n"
-    common.save_text(root / "report.md", text)
-    return text
+    common.save_text(root / "report.md", "\n\n".join([*lines, common.how_made(groups)]) + "\n")
 
 
 COLUMNS = """Nats per image; n seeds, ± their standard deviation.
@@ -643,34 +637,31 @@ def chosen(groups: dict[str, list]) -> dict[str, list]:
     """
     best = [min(of, key=lambda rs: (-len(rs), np.mean(get(rs, "validation", "loss"))))
             for of in alike(groups.values(), "optimizer", "lr")]
-    return {v: rs for v, rs in groups.items() if any(rs is one for one in best)}
+    return {v: rs for v, rs in groups.items() if rs in best}
 
 
 def answer(groups: dict[str, list]) -> str:
     """The best of each protocol, and what becomes of the published figures."""
     said, against = [], []
-    for protocol, keys in [("dynamic", ("likelihood", "nll")), ("none", ("validation", "loss"))]:
-        of = [rs for rs in groups.values() if rs[0]["config"]["binarize"] == protocol
-              and (protocol == "dynamic" or rs[0]["config"]["objective"] == "elbo")]
-        if not of:
-            continue
-        best = min(of, key=lambda rs: np.mean(get(rs, *keys)))
-        name, m = variant(best[0]["config"]), best[0]["metrics"]
-        if protocol == "dynamic":
-            error = np.mean(get(best, "likelihood", "gap_standard_error"))
-            said.append(f"On binarised pixels the lowest NLL of {len(of)} variants is "
-                        f"{show(best, *keys)} nats (± {error:.2f} "
-                        f"for {m['likelihood']['n']:,} images; n={len(best)}), that of `{name}`; "
-                        f"its ELBO hides {show(best, 'likelihood', 'gap')} nats.")
-        else:
-            said.append(f"On grey pixels the lowest validation loss of {len(of)} (−ELBO) is "
-                        f"{show(best, *keys)} (n={len(best)}), that of `{name}`: test "
-                        f"{show(best, 'test_loss')}, floor {m['pixel_entropy']:.2f}.")
+    of = lambda setting, value: [rs for rs in groups.values() if rs[0]["config"][setting] == value]
+    if binarised := of("binarize", "dynamic"):
+        best = min(binarised, key=lambda rs: np.mean(get(rs, "likelihood", "nll")))
+        error = np.mean(get(best, "likelihood", "gap_standard_error"))
+        said.append(f"On binarised pixels the lowest NLL of {len(binarised)} variants is "
+                    f"{show(best, 'likelihood', 'nll')} nats (± {error:.2f} for "
+                    f"{best[0]['metrics']['likelihood']['n']:,} images; n={len(best)}), that of "
+                    f"`{variant(best[0]['config'])}`; its ELBO hides "
+                    f"{show(best, 'likelihood', 'gap')} nats.")
+    if grey := [rs for rs in of("binarize", "none") if rs in of("objective", "elbo")]:
+        best = min(grey, key=lambda rs: np.mean(get(rs, "validation", "loss")))
+        said.append(f"On grey pixels the lowest validation loss of {len(grey)} (−ELBO) is "
+                    f"{show(best, 'validation', 'loss')} (n={len(best)}), that of "
+                    f"`{variant(best[0]['config'])}`: test {show(best, 'test_loss')}, floor "
+                    f"{best[0]['metrics']['pixel_entropy']:.2f}.")
     for v, rs in chosen(groups).items():
         if known := published(rs[0]["config"]):
             what, figure, *keys = known
-            ours = np.mean(get(rs, *keys))
-            word = "reached" if ours <= figure else "not reached"
+            word = "reached" if np.mean(get(rs, *keys)) <= figure else "not reached"
             against.append(f"`{v}` {what} {show(rs, *keys)} (n={len(rs)}) against {figure:g}, "
                            f"{word} in {rs[0]['config']['epochs']} epochs")
     return "**Answer.** " + " ".join(said) + (
@@ -679,105 +670,91 @@ def answer(groups: dict[str, list]) -> str:
         "projects that do not state their protocol." if against else "")
 
 
-def results_table(groups: dict[str, list], grey: bool) -> str:
-    """A row per configuration."""
-    rows = []
+def tables(groups: dict[str, list], grey: bool) -> list[str]:
+    """A row per configuration: what it reaches; what it costs and uses, and how well its likelihood
+    is known.
+    """
+    reached, costs = [], []
     for v, rs in groups.items():
-        likelihood = get(rs, "likelihood")
-        error = f" (± {np.mean([m['gap_standard_error'] for m in likelihood]):.2f})"
-        epochs, c = get(rs, "best_epoch"), rs[0]["config"]
-        bound = f" ({show(rs, 'test_loss')})" if c["objective"] == "iwae" else ""
-        rows.append([
+        m, epochs = rs[0]["metrics"], get(rs, "best_epoch")
+        error = f" (± {np.mean(get(rs, 'likelihood', 'gap_standard_error')):.2f})"
+        bound = f" ({show(rs, 'test_loss')})" if rs[0]["config"]["objective"] == "iwae" else ""
+        reached.append([
             v, len(rs), show(rs, "validation", "loss"),
             "–".join(map(str, sorted({min(epochs), max(epochs)}))),
             show(rs, "negative_elbo") + bound,
             *([] if grey else [show(rs, "likelihood", "nll") + error]),
             show(rs, "likelihood", "gap") + error])
-    one = lambda key: np.mean([m for rs in groups.values() for m in get(rs, key)])
-    elbo = "−ELBO" + (f" (floor {one('pixel_entropy'):.2f}, baseline "
-                      f"{one('independent_pixels'):.2f})" if grey else "")
-    return common.table(["run", "n", "validation", "epoch", elbo, *([] if grey else ["NLL"]),
-                         "gap"], rows)
-
-
-def second_table(groups: dict[str, list]) -> str:
-    """What a configuration costs and uses, and how well its likelihood is known."""
-    rows = []
-    for v, rs in groups.items():
         few = 100 * np.mean(get(rs, "likelihood", "ess_below_10"))
         used = [sum(kl > 0.1 for kl in of) for of in get(rs, "kl_per_dimension")]
-        rows.append([v, f"{rs[0]['metrics']['parameters']:,}",
-                     show(rs, "seconds_per_epoch", digits=1), show(rs, "reconstruction"),
-                     show(rs, "kl"),
-                     f"{show(rs, 'active_units', digits=0)} ({common.mean_std(used, 0)})",
-                     show(rs, "fid"), f"{rs[0]['metrics']['likelihood']['n']:,}",
-                     f"{show(rs, 'likelihood', 'ess_median', digits=0)} ({few:.1f} %)"])
-    floor = np.mean([m for rs in groups.values() for m in get(rs, "fid_floor")])
-    return common.table(["run", "parameters", "s per epoch", "reconstruction", "KL",
-                         "active units (used)", f"FID (floor {floor:.3f})", "images for log p(x)",
-                         "ESS (below 10)"], rows)
+        costs.append([
+            v, f"{m['parameters']:,}", show(rs, "seconds_per_epoch", digits=1),
+            show(rs, "reconstruction"), show(rs, "kl"),
+            f"{show(rs, 'active_units', digits=0)} ({common.mean_std(used, 0)})", show(rs, "fid"),
+            f"{m['likelihood']['n']:,}",
+            f"{show(rs, 'likelihood', 'ess_median', digits=0)} ({few:.1f} %)"])
+    mean = lambda key: np.mean(get([r for rs in groups.values() for r in rs], key))
+    floor = (f" (floor {mean('pixel_entropy'):.2f}, baseline {mean('independent_pixels'):.2f})"
+             if grey else "")
+    return [common.table(["run", "n", "validation", "epoch", f"−ELBO{floor}",
+                          *([] if grey else ["NLL"]), "gap"], reached),
+            common.table(["run", "parameters", "s per epoch", "reconstruction", "KL",
+                          "active units (used)", f"FID (floor {mean('fid_floor'):.3f})",
+                          "images for log p(x)", "ESS (below 10)"], costs)]
+
+
+def where(config: dict, *differs: str) -> str:
+    """'mlp500, d = 20, dynamic, adam 0.001' less what differs, to say what a comparison is of."""
+    parts = {"net": network(config), "latent_dim": f"d = {config['latent_dim']}",
+             "binarize": "grey" if config["binarize"] == "none" else "dynamic",
+             "lr": f"{config['optimizer']} {config['lr']:g}"}
+    return ", ".join(part for key, part in parts.items() if key not in differs)
 
 
 def comparisons(groups: dict[str, list]) -> list[str]:
     """The source's questions, answered by runs paired by seed that differ in one setting."""
-    every, said = list(groups.values()), []
+    every, at_best, said = list(groups.values()), [], []
     rate = lambda rs: rs[0]["config"]["lr"]
-    at_best = []
     for tried in alike(every, "lr"):
+        tried.sort(key=rate)
         seeds = set.intersection(*[{r["config"]["seed"] for r in rs} for rs in tried])
-        scores = lambda rs, seeds=seeds: get(  # of the seeds that every rate has, if there are any
+        scores = lambda rs: get(  # of the seeds that every rate has, if there are any
             [r for r in rs if not seeds or r["config"]["seed"] in seeds], "validation", "loss")
-        at_best.append(min(tried, key=lambda rs: np.mean(scores(rs))))
+        best = min(tried, key=lambda rs: np.mean(scores(rs)))
+        at_best.append(best)
         if len(tried) > 1:
-            best = rate(at_best[-1])
-            edge = best in (min(map(rate, tried)), max(map(rate, tried)))
-            said.append(f"Rates of {tried[0][0]['config']['optimizer']} ({where(tried[0])}), by "
-                        f"validation loss{'' if seeds else ', without a seed in common'}: "
-                        + "; ".join(f"{rate(rs):g}: {common.mean_std(scores(rs))} "
-                                    f"(n={len(scores(rs))})" for rs in sorted(tried, key=rate))
-                        + f". The best is {best:g}"
-                        + (", at the edge of those tried." if edge else "."))
+            c = best[0]["config"]
+            said.append(f"Rates of {c['optimizer']} ({where(c, 'lr')}), by validation loss"
+                        f"{'' if seeds else ', without a seed in common'}: " + "; ".join(
+                            f"{rate(rs):g}: {common.mean_std(scores(rs))} (n={len(scores(rs))})"
+                            for rs in tried) + f". The best is {c['lr']:g}"
+                        + (", at the edge of those tried." if best in (tried[0], tried[-1])
+                           else "."))
     for question, keys, among in [
             ("Adagrad or Adam, each at the best of the rates tried, both decaying to 0?",
              ["optimizer", "lr"], at_best),
             ("Does a further hidden layer help?", ["hidden"], every),
             ("Does the tighter bound help?", ["objective", "k"], every)]:
-        for first, other in itertools.chain.from_iterable(
+        name = lambda c: network(c) if keys == ["hidden"] else " ".join(str(c[k]) for k in keys)
+        for b, a in itertools.chain.from_iterable(
                 itertools.combinations(of, 2) for of in alike(among, *keys)):
-            small, large = (rs[0]["config"]["hidden"] for rs in (first, other))
-            if keys != ["hidden"] or small == large[:len(small)]:  # else the widths differ too
-                said += compared(question, keys, other, first)
+            c, other = a[0]["config"], b[0]["config"]
+            a, b = common.same_seeds(a, b)
+            widths_differ = c["hidden"][:len(other["hidden"])] != other["hidden"]
+            if a and not (keys == ["hidden"] and widths_differ):
+                found = [f"{m[0]} {common.paired(get(a, *m[1:]), get(b, *m[1:]))}" for m in [
+                    ("−ELBO", "negative_elbo"), ("NLL", "likelihood", "nll")][
+                        :1 if c["binarize"] == "none" else 2]]
+                said.append(f"**{question}** ({where(other, *keys)}) {name(c)} against "
+                            f"{name(other)}: {', '.join(found)}.")
     for of in alike(every, "latent_dim"):
         if len(of) > 1:
-            c = of[0][0]["config"]
-            said.append(f"**Latent dimensions** ({where(of[0], d=False)}, {c['optimizer']} "
-                        f"{c['lr']:g}), −ELBO: " + "; ".join(
+            said.append(f"**Latent dimensions** ({where(of[0][0]['config'], 'latent_dim')}), "
+                        "−ELBO: " + "; ".join(
                 f"d = {rs[0]['config']['latent_dim']}: {show(rs, 'negative_elbo')} (n={len(rs)}, "
                 f"{show(rs, 'active_units', digits=0)} active)" for rs in of) + ".")
     return ["## Comparisons", *said, "Differences in nats, paired by seed; a negative one favours "
             "the first. Intervals are not corrected for the number of comparisons."] if said else []
-
-
-def where(runs: list, d: bool = True) -> str:
-    """'mlp500, d = 20, dynamic', to say what a comparison is of."""
-    c = runs[0]["config"]
-    size = [f"d = {c['latent_dim']}"] if d else []
-    return ", ".join([network(c), *size, "grey" if c["binarize"] == "none" else c["binarize"]])
-
-
-def compared(question: str, keys: list[str], a: list, b: list) -> list[str]:
-    """One sentence on a against b, over the seeds both have."""
-    a, b = common.same_seeds(a, b)
-    if not a:
-        return []
-    c, other = a[0]["config"], b[0]["config"]
-    name = lambda c: network(c) if keys == ["hidden"] else " ".join(str(c[k]) for k in keys)
-    at = "" if "lr" in keys else f", {c['optimizer']} {c['lr']:g}"
-    measures = [("−ELBO", "negative_elbo")] + (
-        [("NLL", "likelihood", "nll")] if c["binarize"] != "none" else [])
-    found = [f"{m[0]} {common.paired(get(a, *m[1:]), get(b, *m[1:]))}" for m in measures]
-    return [f"**{question}** ({where(b)}{at}) {name(c)} against {name(other)}: "
-            f"{', '.join(found)}."]
 
 
 def exact_table(groups: dict[str, list]) -> list[str]:
@@ -883,8 +860,8 @@ def main(argv=None) -> dict:
             continue
         metrics[name] = evaluate(config, args, data, real, model, history, classifier, folder,
                                  device)
-        for key in there and ("bfloat16", "environment"):  # of the training, which was earlier
-            metrics[name][key] = there[key]
+        if there:  # of the training
+            metrics[name] |= {key: there[key] for key in ["bfloat16", "environment"]}
         common.save_json(folder / "final_metrics.json", metrics[name])
     if any(metrics.values()):
         common.write_reports(report, base, data.name)
