@@ -123,9 +123,7 @@ def mlp(latent_dim: int, hidden: list[int]) -> tuple[nn.Module, nn.Module]:
 
 
 def conv(latent_dim: int) -> tuple[nn.Module, nn.Module]:
-    """Strided convolutions with a residual block at 7 x 7, where the decoder is twice as wide as
-    the encoder; no normalisation.
-    """
+    """Strided convolutions, a residual block at 7 x 7 (twice as wide in the decoder), no norms."""
     encoder = nn.Sequential(
         nn.Conv2d(1, 16, 4, stride=2, padding=1), nn.SiLU(),  # (B, 16, 14, 14)
         nn.Conv2d(16, 32, 4, stride=2, padding=1), Residual(32), nn.SiLU(),  # (B, 32, 7, 7)
@@ -149,8 +147,7 @@ class VAE(nn.Module):
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of q(z | x), (B, d) each."""
-        mu, logvar = self.encoder(x).chunk(2, dim=1)
-        return mu, logvar
+        return self.encoder(x).chunk(2, dim=1)
 
     def decode(self, z: Tensor) -> Tensor:
         """Pixel means (B, 1, 28, 28) in (0, 1)."""
@@ -267,11 +264,9 @@ def train(config: dict, x: Tensor, x_val: Tensor, folder: Path, args) -> tuple[V
         val = losses_in_chunks(model, x_val, config)
         if not (finite and math.isfinite(val[0])):
             raise common.diverged(title, folder, epoch, losses)
-        names = ["loss", "reconstruction", "kl"]
-        history.append({
-            "epoch": epoch,
-            **dict(zip([f"train_{k}" for k in names], losses.mean(0).tolist(), strict=True)),
-            **dict(zip([f"val_{k}" for k in names], val, strict=True)), "seconds": seconds})
+        names = [f"{of}_{k}" for of in ["train", "val"] for k in ["loss", "reconstruction", "kl"]]
+        row = dict(zip(names, [*losses.mean(0).tolist(), *val], strict=True))
+        history.append({"epoch": epoch, **row, "seconds": seconds})
         best = min(history, key=lambda row: row["val_loss"])["epoch"] == epoch
         common.save_epoch(folder, config, history, parts, best, board)
         bar.set_postfix(train=f"{losses[:, 0].mean():.2f}", val=f"{val[0]:.2f}", refresh=False)
@@ -625,16 +620,13 @@ def alike(groups, *keys: str) -> list[list]:
     """The groups that differ in these settings alone (and the seed), together."""
     found: dict[str, list] = {}
     for rs in groups:
-        same = rs[0]["config"] | {"precision": common.precision(rs[0]["metrics"])}
-        found.setdefault(str({k: v for k, v in same.items() if k not in {*keys, "seed"}}),
-                         []).append(rs)
+        same = {k: v for k, v in rs[0]["config"].items() if k not in (*keys, "seed")}
+        found.setdefault(f"{same} {common.precision(rs[0]['metrics'])}", []).append(rs)
     return list(found.values())
 
 
 def chosen(groups: dict[str, list]) -> dict[str, list]:
-    """Of the groups that differ in optimiser or rate alone the one with the most seeds, of those
-    the best on validation images.
-    """
+    """Of groups alike but in optimiser or rate: the most seeds, then the least validation loss."""
     best = [min(of, key=lambda rs: (-len(rs), np.mean(get(rs, "validation", "loss"))))
             for of in alike(groups.values(), "optimizer", "lr")]
     return {v: rs for v, rs in groups.items() if rs in best}
@@ -643,8 +635,9 @@ def chosen(groups: dict[str, list]) -> dict[str, list]:
 def answer(groups: dict[str, list]) -> str:
     """The best of each protocol, and what becomes of the published figures."""
     said, against = [], []
-    of = lambda setting, value: [rs for rs in groups.values() if rs[0]["config"][setting] == value]
-    if binarised := of("binarize", "dynamic"):
+    of = lambda **settings: [rs for rs in groups.values()
+                             if settings.items() <= rs[0]["config"].items()]
+    if binarised := of(binarize="dynamic"):
         best = min(binarised, key=lambda rs: np.mean(get(rs, "likelihood", "nll")))
         error = np.mean(get(best, "likelihood", "gap_standard_error"))
         said.append(f"On binarised pixels the lowest NLL of {len(binarised)} variants is "
@@ -652,7 +645,7 @@ def answer(groups: dict[str, list]) -> str:
                     f"{best[0]['metrics']['likelihood']['n']:,} images; n={len(best)}), that of "
                     f"`{variant(best[0]['config'])}`; its ELBO hides "
                     f"{show(best, 'likelihood', 'gap')} nats.")
-    if grey := [rs for rs in of("binarize", "none") if rs in of("objective", "elbo")]:
+    if grey := of(binarize="none", objective="elbo"):
         best = min(grey, key=lambda rs: np.mean(get(rs, "validation", "loss")))
         said.append(f"On grey pixels the lowest validation loss of {len(grey)} (−ELBO) is "
                     f"{show(best, 'validation', 'loss')} (n={len(best)}), that of "
@@ -671,9 +664,7 @@ def answer(groups: dict[str, list]) -> str:
 
 
 def tables(groups: dict[str, list], grey: bool) -> list[str]:
-    """A row per configuration: what it reaches; what it costs and uses, and how well its likelihood
-    is known.
-    """
+    """A row per configuration: what it reaches; what it costs and uses, how sure its NLL is."""
     reached, costs = [], []
     for v, rs in groups.items():
         m, epochs = rs[0]["metrics"], get(rs, "best_epoch")
@@ -740,13 +731,15 @@ def comparisons(groups: dict[str, list]) -> list[str]:
                 itertools.combinations(of, 2) for of in alike(among, *keys)):
             c, other = a[0]["config"], b[0]["config"]
             a, b = common.same_seeds(a, b)
-            widths_differ = c["hidden"][:len(other["hidden"])] != other["hidden"]
-            if a and not (keys == ["hidden"] and widths_differ):
-                found = [f"{m[0]} {common.paired(get(a, *m[1:]), get(b, *m[1:]))}" for m in [
-                    ("−ELBO", "negative_elbo"), ("NLL", "likelihood", "nll")][
-                        :1 if c["binarize"] == "none" else 2]]
-                said.append(f"**{question}** ({where(other, *keys)}) {name(c)} against "
-                            f"{name(other)}: {', '.join(found)}.")
+            if not a or c["hidden"][:len(other["hidden"])] != other["hidden"]:
+                continue  # no seed in common, or further layers on others
+            measures = {"−ELBO": ["negative_elbo"]}
+            if c["binarize"] == "dynamic":
+                measures["NLL"] = ["likelihood", "nll"]
+            found = [f"{what} {common.paired(get(a, *at), get(b, *at))}"
+                     for what, at in measures.items()]
+            said.append(f"**{question}** ({where(other, *keys)}) {name(c)} against {name(other)}: "
+                        f"{', '.join(found)}.")
     for of in alike(every, "latent_dim"):
         if len(of) > 1:
             said.append(f"**Latent dimensions** ({where(of[0][0]['config'], 'latent_dim')}), "
@@ -758,29 +751,26 @@ def comparisons(groups: dict[str, list]) -> list[str]:
 
 
 def exact_table(groups: dict[str, list]) -> list[str]:
-    rows, worst = [], 0.0
-    for v, rs in groups.items():
-        for r in rs:
-            m = r["metrics"]["likelihood"]
-            if "exact_subset" in m:
-                difference = m["nll_subset"] - m["exact_subset"]
-                worst = max(worst, abs(difference))
-                rows.append([v, r["config"]["seed"], f"{m['n']:,}",
-                             f"{m['exact_subset'] + m['gap']:.2f}", f"{m['exact_subset']:.3f}",
-                             f"{m['nll_subset']:.3f}", f"{difference:+.3f}",
-                             f"{m['largest_difference']:.2f}", f"{m['refinement_change']:.0e}",
-                             f"{m['outer_mass']:.0e}"])
+    found = [(v, r["config"]["seed"], r["metrics"]["likelihood"]) for v, rs in groups.items()
+             for r in rs if r["config"]["latent_dim"] <= 2]
+    if not found:
+        return []
+    difference = lambda m: m["nll_subset"] - m["exact_subset"]
+    worst = max(abs(difference(m)) for *_, m in found)
     return ["## Is the estimate right?",
             f"For d ≤ 2 {'yes' if worst <= 0.05 else 'not everywhere'}: the largest difference of "
             f"a mean is {worst:.3f} nats ({'within' if worst <= 0.05 else 'not within'} 0.05). For "
             "larger d there is no exact value, and the effective sample size is the only check "
             "here.", common.table(
                 ["run", "seed", "images", "−ELBO", "exact", "importance sampling", "difference",
-                 "largest of an image", "change on refining", "mass at the rim"], rows),
+                 "largest of an image", "change on refining", "mass at the rim"],
+                [[v, seed, f"{m['n']:,}", f"{m['exact_subset'] + m['gap']:.2f}",
+                  f"{m['exact_subset']:.3f}", f"{m['nll_subset']:.3f}", f"{difference(m):+.3f}",
+                  f"{m['largest_difference']:.2f}", f"{m['refinement_change']:.0e}",
+                  f"{m['outer_mass']:.0e}"] for v, seed, m in found]),
             "Mean −log p(x) of the same test images by quadrature over the latent space and by "
             "importance sampling, in nats; with grey pixels the cross-entropy takes the place of "
-            "−log p(x | z). The rim is the outer tenth of the range integrated over."
-            ] if rows else []
+            "−log p(x | z). The rim is the outer tenth of the range integrated over."]
 
 
 def interpolation_table(groups: dict[str, list]) -> list[str]:
@@ -823,9 +813,8 @@ def finished(folder: Path, args) -> dict:
     """
     file = folder / "final_metrics.json"
     metrics = common.load_json(file) if file.exists() else {}
-    weights = [folder / name for name in ("checkpoint.pt", "best_model.pt")]
     if metrics and metrics["likelihood"]["n"] < args.likelihood_images and not all(
-            file.exists() for file in weights):
+            (folder / name).exists() for name in ["checkpoint.pt", "best_model.pt"]):
         raise common.UserError(f"{folder} has the likelihood of {metrics['likelihood']['n']} "
                                "images and no weights to measure more; --fresh trains it again")
     return metrics
