@@ -136,8 +136,7 @@ class Encoder(nn.Module):
             nn.Linear(1568, 256), nn.SiLU(), nn.Linear(256, 2 * latent_dim))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        mu, logvar = self.body(x).chunk(2, dim=1)
-        return mu, logvar
+        return self.body(x).chunk(2, dim=1)
 
 
 class Decoder(nn.Module):
@@ -319,8 +318,8 @@ def shown_epochs(config: dict) -> list[int]:
 # ----------------------------------------------------------------------------------------- Evaluate
 
 
-def infer(decoder, x: Tensor, mu: Tensor, logvar: Tensor, sigma: float, steps: int | None = None,
-          samples: int = 4, lr: float = 0.1) -> tuple[Tensor, Tensor]:
+def infer(decoder, x: Tensor, mu: Tensor, logvar: Tensor, sigma: float,
+          steps: int | None = None) -> tuple[Tensor, Tensor]:
     """The diagonal Gaussian of each image with the best ELBO under a fixed decoder, from a start.
 
     Adam with a cosine and a short memory (0.95: gradients shrink by orders of magnitude on the
@@ -330,19 +329,18 @@ def infer(decoder, x: Tensor, mu: Tensor, logvar: Tensor, sigma: float, steps: i
     """
     assert not getattr(decoder, "training", False), "inference needs the decoder in eval mode"
     g, (n, d), steps = common.generator("inference"), mu.shape, steps or INFERENCE_STEPS
-    q = RowAdam(torch.cat([mu, logvar], 1).detach().clone(), lr, 0.95)
+    q = RowAdam(torch.cat([mu, logvar], 1).detach().clone(), lr=0.1, beta2=0.95)
     rows = torch.arange(n, device=x.device)
     for t in range(steps):
-        q.lr = lr * 0.5 * (1 + math.cos(math.pi * t / steps))
-        noise = torch.randn(samples, 1, d, generator=g).to(x.device)
+        q.lr = 0.1 * 0.5 * (1 + math.cos(math.pi * t / steps))
+        noise = torch.randn(4, 1, d, generator=g).to(x.device)
         for i in rows.split(250):
             table = q.table[i].requires_grad_()
-            mu, logvar = (v.repeat(samples, 1) for v in table.chunk(2, dim=1))
-            loss = negative_elbo(decoder, x[i].repeat(samples, 1, 1, 1), mu, logvar,
+            mu, logvar = (v.repeat(4, 1) for v in table.chunk(2, dim=1))
+            loss = negative_elbo(decoder, x[i].repeat(4, 1, 1, 1), mu, logvar,
                                  noise.expand(-1, len(i), -1).flatten(0, 1), sigma)[0].sum()
             q.step(i, torch.autograd.grad(loss, table)[0])
-    mu, logvar = q.table.chunk(2, dim=1)
-    return mu, logvar
+    return q.table.chunk(2, dim=1)
 
 
 @torch.no_grad()
@@ -403,15 +401,13 @@ def gaps(found: dict[str, Tensor], y: Tensor | None = None) -> dict:
         variance = sum(len(v) * v.var() for v in parts) / len(values) ** 2
         return {"mean": float(values.mean()), "se": float(variance.sqrt())}
 
-    return {"start": summary(found["start"]), "elbo": summary(found["elbo"]),
-            "log_px": summary(found["log_px"]),
-            "start_gap": summary(found["elbo"] - found["start"]),
-            "approximation_gap": summary(found["log_px"] - found["elbo"]),
-            "better_share": float((found["elbo"] > found["start"]).double().mean()),
-            "ess_median": float(found["ess"].median()),
-            "ess_below_50": float((found["ess"] < 50).double().mean()),
-            "below_elbo_share": float((found["log_px"] < found["elbo"]).double().mean()),
-            "sampling_error": float((1 / found["ess"]).sum().sqrt() / len(found["ess"]))}
+    start, elbo, log_px, ess = (found[key] for key in ["start", "elbo", "log_px", "ess"])
+    share = lambda condition: float(condition.double().mean())
+    return {"start": summary(start), "elbo": summary(elbo), "log_px": summary(log_px),
+            "start_gap": summary(elbo - start), "approximation_gap": summary(log_px - elbo),
+            "better_share": share(elbo > start), "ess_median": float(ess.median()),
+            "ess_below_50": share(ess < 50), "below_elbo_share": share(log_px < elbo),
+            "sampling_error": float((1 / ess).sum().sqrt() / len(ess))}
 
 
 def compare_starts(decoder, starts: dict, x: Tensor, sigma: float) -> dict[str, dict]:
@@ -497,12 +493,8 @@ def evaluate(config: dict, args, data, part, trained: dict, real, classifier, fo
     order = torch.randperm(len(x), generator=common.generator("few"))
     few, ink = order[:len(some)], x.flatten(1).sum(1).cpu()
 
-    def encode(x: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.no_grad():
-            mu, logvar = (torch.cat(v) for v in zip(
-                *[trained["vae"][1](c) for c in x.split(1000)], strict=True))
-        return mu, logvar
-
+    encode = torch.no_grad()(lambda x: torch.cat(
+        [trained["vae"][1].body(c) for c in x.split(1000)]).chunk(2, dim=1))
     pca, table = pca_posterior(x_train, d, sigma), trained["latent_opt"][1].table
     zero = lambda x: (torch.zeros(len(x), d, device=x.device),) * 2
     starts = {"vae": {"zero": zero, "PCA": pca, "encoder": encode},
@@ -513,7 +505,7 @@ def evaluate(config: dict, args, data, part, trained: dict, real, classifier, fo
     found, models = {}, {}
     for name in MODELS:
         decoder, start = trained[name][0], list(starts[name].values())[-1]
-        q_train = encode(x_train) if name == "vae" else tuple(table.chunk(2, dim=1))
+        q_train = encode(x_train) if name == "vae" else table.chunk(2, dim=1)
         found[name] = of = measure(decoder, start(x), x, sigma, args.codes)
         on_train = measure(decoder, [v[some] for v in q_train], x_train[some], sigma, args.codes)
         error = lambda z, x, decoder=decoder: float(
@@ -647,8 +639,8 @@ def figures(config: dict, folder: Path, trained: dict, found: dict, y: Tensor, x
                          ["train", "amortised", "optimised", "test", "amortised", "optimised"])
 
 
-def report(root: Path) -> str:
-    """Write report.md from every finished run below root; returns the text."""
+def report(root: Path) -> None:
+    """Write report.md from every finished run below root."""
     runs = common.finished_runs(root)
     if not runs:
         raise common.UserError(f"no finished run in {root}; run without --report-only first")
@@ -662,10 +654,7 @@ def report(root: Path) -> str:
                   f"{c['train_size']:,} images, n={len(of)}{title[len(variant(c)):]}", answer(of),
                   gap_section(of), starts_section(of), quality_section(of), digits_section(of),
                   pictures_section(of)]
-    parts.append(common.how_made(groups))
-    text = "\n\n".join(parts) + "\n"
-    common.save_text(root / "report.md", text)
-    return text
+    common.save_text(root / "report.md", "\n\n".join([*parts, common.how_made(groups)]) + "\n")
 
 
 def show(runs: list, *keys, digits: int = 2, times: float = 1) -> str:
