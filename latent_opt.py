@@ -243,8 +243,8 @@ def train(kind: str, config: dict, x: Tensor, x_val: Tensor, folder: Path, args)
         inference = Encoder(d).to(x.device, memory_format=torch.channels_last)
         parameters = [*decoder.parameters(), *inference.parameters()]
     else:
-        start = pca_posterior(x, d, config["sigma"])
-        inference = RowAdam(torch.cat(start(x), 1), config["latent_lr"])
+        inference = RowAdam(torch.cat(pca_posterior(x, d, config["sigma"])(x), 1),
+                            config["latent_lr"])
         parameters = list(decoder.parameters())
     optimizer = torch.optim.Adam(parameters, lr=config["lr"], fused=x.device.type != "mps")
     parts = {"decoder": decoder, "inference": inference, "optimizer": optimizer}
@@ -411,8 +411,7 @@ def gaps(found: dict[str, Tensor], y: Tensor | None = None) -> dict:
 
 
 def compare_starts(decoder, starts: dict, x: Tensor, sigma: float) -> dict[str, dict]:
-    """Mean ELBO of images x after 30 and after all steps from each start, {start: {steps: nats}}.
-    """
+    """Mean ELBO of images x after 30 and all steps from each start: {start: {steps: nats}}."""
     return {name: {str(steps): float(elbo(decoder, x, *infer(decoder, x, *start(x), sigma, steps),
                                           sigma).mean()) for steps in (30, INFERENCE_STEPS)}
             for name, start in starts.items()}
@@ -685,25 +684,23 @@ def answer(runs: list) -> str:
 
 def comparison(runs: list) -> str:
     """Latent optimisation against the amortised VAE, a row per question, paired by seed."""
-    floor = common.mean_std(sorted(set(get(runs, "fid_floor"))), 2)
-    rows = []
-    for what, keys, vae, lower, digits in [
+    rows, floor = [], common.mean_std(sorted(set(get(runs, "fid_floor"))))
+    optimised = ("squared_error", "optimised")
+    for what, keys, of_vae, better, digits in [
             ("log p(x) of test images, as many of each digit, nats",
-             ("gaps", "test", "log_px", "mean"), None, False, 2),
+             *[("gaps", "test", "log_px", "mean")] * 2, 1, 2),
             ("squared error of test images, optimised against the encoder's codes",
-             ("squared_error", "optimised"), ("squared_error", "start"), True, 4),
-            ("squared error of test images, both optimised", ("squared_error", "optimised"), None,
-             True, 4),
-            (f"FID of prior samples (floor {floor})", ("fid", "prior"), None, True, 2),
+             optimised, ("squared_error", "start"), -1, 4),
+            ("squared error of test images, both optimised", *[optimised] * 2, -1, 4),
+            (f"FID of prior samples (floor {floor})", *[("fid", "prior")] * 2, -1, 2),
             (f"FID of samples from a Gaussian fitted to the codes (floor {floor})",
-             ("fid", "gaussian"), None, True, 2)]:
-        a, b = (get(runs, "models", *path) for path in [("latent_opt", *keys),
-                                                        ("vae", *(vae or keys))])
+             *[("fid", "gaussian")] * 2, -1, 2)]:
+        a, b = get(runs, "models", "latent_opt", *keys), get(runs, "models", "vae", *of_vae)
         found = common.paired(a, b, digits=digits)
-        best = {0: "one seed: not tested" if found.n < 2 else "not told apart",
-                -1 if lower else 1: MODELS["latent_opt"], 1 if lower else -1: MODELS["vae"]}
+        best = {1: MODELS["latent_opt"], -1: MODELS["vae"],
+                0: "one seed: not tested" if found.n < 2 else "not told apart"}
         rows.append([what, common.mean_std(b, digits), common.mean_std(a, digits),
-                     found.cell(), best[found.sign]])
+                     found.cell(), best[better * found.sign]])
     return common.table(["", *MODELS.values(), "difference, 95 % interval", "better"], rows)
 
 
@@ -745,12 +742,12 @@ def gap_section(runs: list) -> str:
 def starts_section(runs: list) -> str:
     rows, said = [], []
     for name, title in MODELS.items():
-        of = {start: {steps: [v[steps] for v in get(runs, "models", name, "starts", start)]
-                      for steps in ("30", str(INFERENCE_STEPS))}
-              for start in runs[0]["metrics"]["models"][name]["starts"]}
-        rows += [[f"{title}: {start}", *map(common.mean_std, found.values())]
-                 for start, found in of.items()]
-        last = {start: np.mean(found[str(INFERENCE_STEPS)]) for start, found in of.items()}
+        last = {}
+        for start in runs[0]["metrics"]["models"][name]["starts"]:
+            few, found = (get(runs, "models", name, "starts", start, str(steps))
+                          for steps in (30, INFERENCE_STEPS))
+            rows.append([f"{title}: {start}", common.mean_std(few), common.mean_std(found)])
+            last[start] = np.mean(found)
         best, worst = max(last, key=last.get), min(last, key=last.get)
         below = last[best] - last[worst]
         said.append(f"{title}: " + (
@@ -767,15 +764,14 @@ def quality_section(runs: list) -> str:
     rows = [[f"{what} of training images, last epoch (nats)",
              *[common.mean_std([row[f"{name}_{key}"] for row in last]) for name in MODELS]]
             for key, what in [("reconstruction", "−log p(x given z)"), ("kl", "KL")]]
+    both = lambda *keys, **options: [show(runs, name, *keys, **options) for name in MODELS]
     rows += [["squared error, test images, from the encoder's means / PCA means",
-              *[show(runs, name, "squared_error", "start", digits=4) for name in MODELS]],
+              *both("squared_error", "start", digits=4)],
              [f"squared error, {m['n_train']} training images, codes as trained",
-              *[show(runs, name, "squared_error", "training images", digits=4)
-                for name in MODELS]],
+              *both("squared_error", "training images", digits=4)],
              ["linear probe of the codes, accuracy (%)",
-              *[show(runs, name, "probe_accuracy", times=100, digits=1) for name in MODELS]],
-             ["s per epoch (median)", *[show(runs, name, "seconds_per_epoch", digits=1)
-                                        for name in MODELS]],
+              *both("probe_accuracy", times=100, digits=1)],
+             ["s per epoch (median)", *both("seconds_per_epoch", digits=1)],
              [f"s to infer {m['n_test']:,} test images",
               f"{show(runs, 'vae', 'seconds_to_encode')} (encoder)",
               f"{show(runs, 'latent_opt', 'seconds_to_infer', digits=0)} (optimising)"],
@@ -784,9 +780,8 @@ def quality_section(runs: list) -> str:
     ratio = [b / a for a, b in zip(*[get(runs, "models", name, "seconds_per_epoch")
                                      for name in MODELS], strict=True)]
     accuracy = lambda key: common.mean_std([100 * v for v in get(runs, key)])
-    gaussian_and_prior = lambda name: [get(runs, "models", name, "fid", key)
-                                       for key in ["gaussian", "prior"]]
-    fitted = "; ".join(f"{title} {common.paired(*gaussian_and_prior(name))}"
+    fid = lambda name, key: get(runs, "models", name, "fid", key)
+    fitted = "; ".join(f"{title} {common.paired(fid(name, 'gaussian'), fid(name, 'prior'))}"
                        for name, title in MODELS.items())
     half = np.mean([196 * math.sqrt(p * (1 - p) / m["n_test"])
                     for name in MODELS for p in get(runs, "models", name, "probe_accuracy")])
@@ -804,26 +799,24 @@ def quality_section(runs: list) -> str:
 
 
 def digits_section(runs: list) -> str:
-    rows, said = [], []
-    of = {name: [[m[digit] for m in get(runs, "models", name, "log_px_by_digit")]
-                 for digit in range(10)] for name in MODELS}
-    ink = {name: get(runs, "models", name, "ink") for name in MODELS}
-    for digit in range(10):
-        rows.append([digit, *[cell for name in MODELS for cell in [
-            common.mean_std([m["mean"] for m in of[name][digit]]),
-            f"{np.mean([m['se'] for m in of[name][digit]]):.2f}"]]])
+    said = []
+    of = lambda name, digit, key: get(runs, "models", name, "log_px_by_digit", digit, key)
+    rows = [[digit, *[cell for name in MODELS for cell in [
+        common.mean_std(of(name, digit, "mean")), f"{np.mean(of(name, digit, 'se')):.2f}"]]]
+        for digit in range(10)]
 
     def extreme(name, sign):
         """The most (1) or least (-1) probable digit, and those within two standard errors of it."""
-        mean = [sign * np.mean([m["mean"] for m in ms]) for ms in of[name]]
-        error = [np.mean([m["se"] for m in ms]) for ms in of[name]]
+        mean = [sign * np.mean(of(name, digit, "mean")) for digit in range(10)]
+        error = [np.mean(of(name, digit, "se")) for digit in range(10)]
         first = int(np.argmax(mean))
-        near = [str(d) for d in range(10) if d != first
-                and mean[first] - mean[d] < 2 * math.hypot(error[first], error[d])]
-        return f"{first}{f' (or {chr(32).join(near)}: within the error)' if near else ''}"
+        near = " ".join(str(d) for d in range(10) if d != first
+                        and mean[first] - mean[d] < 2 * math.hypot(error[first], error[d]))
+        return f"{first} (or {near}: within the error)" if near else str(first)
 
     for name, title in MODELS.items():
-        p, slope = max(v["p"] for v in ink[name]), np.mean([v["slope"] for v in ink[name]])
+        p, slope = (get(runs, "models", name, "ink", key) for key in ["p", "slope"])
+        p, slope = max(p), np.mean(slope)
         share = lambda key, name=name: show(runs, name, "ink", key, digits=0, times=100)
         said.append(
             f"{title}: most probable is {extreme(name, 1)}, least {extreme(name, -1)}. Images with "
@@ -845,9 +838,8 @@ def digits_section(runs: list) -> str:
 
 def pictures_section(runs: list) -> str:
     folder = runs[0]["folder"].as_posix()
-    epochs = shown_epochs(runs[0]["config"])
     names = ["training_curves", "log_probabilities", *[
-        f"{kind}_epoch_{epoch}" for epoch in dict.fromkeys([epochs[0], epochs[-1]])
+        f"{kind}_epoch_{epoch}" for epoch in sorted({1, runs[0]["config"]["epochs"]})
         for kind in ["comparison", "samples"]]]
     return f"### Pictures, seed {runs[0]['config']['seed']}\n\n" + "\n\n".join(
         f"![{name}]({folder}/{name}.png)" for name in names)
