@@ -581,19 +581,19 @@ def figures(config: dict, folder: Path, trained: dict, found: dict, y: Tensor, x
     latent_opt_recon_ and comparison_epoch_<n>.png.
     """
     figure = Figure(figsize=(11, 3))
-    for axes, key in zip(figure.subplots(1, 3), ["loss", "reconstruction", "kl"], strict=True):
-        for name, title in MODELS.items():
-            history = trained[name][2]
-            axes.plot([r["epoch"] for r in history], [r[key] for r in history], label=title)
+    titles = {"loss": "−ELBO", "reconstruction": "−log p(x | z)", "kl": "KL"}
+    histories = {title: trained[name][2] for name, title in MODELS.items()}
+    epochs = range(1, config["epochs"] + 1)
+    for axes, (key, title) in zip(figure.subplots(1, 3), titles.items(), strict=True):
+        for model, history in histories.items():
+            axes.plot(epochs, [row[key] for row in history], label=model)
         if key == "loss":
-            history = trained["vae"][2]
-            axes.plot([r["epoch"] for r in history], [r["val_loss"] for r in history], "C0:",
+            axes.plot(epochs, [row["val_loss"] for row in trained["vae"][2]], "C0:",
                       label="amortised, validation")
-        late = [r[key] for name in MODELS for r in trained[name][2][1:] or trained[name][2]]
+        late = [row[key] for history in histories.values() for row in history[1:] or history]
         margin = 0.05 * (max(late) - min(late)) + 1e-6  # the first epoch would flatten the rest
-        axes.set(xlabel="epoch", ylabel="nats per image",
-                 ylim=(min(late) - margin, max(late) + margin),
-                 title={"loss": "−ELBO", "reconstruction": "−log p(x | z)", "kl": "KL"}[key])
+        axes.set(xlabel="epoch", ylabel="nats per image", title=title,
+                 ylim=(min(late) - margin, max(late) + margin))
         axes.legend(fontsize=8)
     figure.tight_layout()
     common.save_figure(folder / "training_curves.png", figure)
@@ -607,10 +607,10 @@ def figures(config: dict, folder: Path, trained: dict, found: dict, y: Tensor, x
     figure.tight_layout()
     common.save_figure(folder / "log_probabilities.png", figure)
 
-    sigma, d, n = config["sigma"], config["latent_dim"], len(x_train)
-    both = torch.cat([x_train, x_test])
+    d, n, both = config["latent_dim"], len(x_train), torch.cat([x_train, x_test])
     z = torch.randn(30, d, generator=common.generator("shown")).to(device)
-    encoder, decoder = Encoder(d).to(device), Decoder(d).to(device).eval().requires_grad_(False)
+    encoder, decoder = (net.to(device).eval().requires_grad_(False)
+                        for net in (Encoder(d), Decoder(d)))
     for epoch in shown_epochs(config):
         rebuilt, samples, at = {}, [], f"after epoch {epoch}"
         for name, file in [("vae", "recon"), ("latent_opt", "latent_opt_recon")]:
@@ -620,11 +620,10 @@ def figures(config: dict, folder: Path, trained: dict, found: dict, y: Tensor, x
                 encoder.load_state_dict(saved["inference"])
                 mu = encoder(both)[0]
             else:
-                own = saved["inference"]["table"][:n].to(device).chunk(2, dim=1)[0]
-                mu = torch.cat([own, infer(decoder, x_test, *pca(x_test), sigma)[0]])
-            with torch.no_grad():
-                rebuilt[name] = decoder(mu)
-                samples.append(decoder(z))
+                own = saved["inference"]["table"][:n, :d].to(device)
+                mu = torch.cat([own, infer(decoder, x_test, *pca(x_test), config["sigma"])[0]])
+            rebuilt[name] = decoder(mu)
+            samples.append(decoder(z))
             common.save_grid(folder / f"{file}_epoch_{epoch}.png", torch.cat([
                 x_test, rebuilt[name][n:]]), len(x_test),
                 f"{MODELS[name]}, {at}: test images above their reconstructions")
@@ -664,9 +663,8 @@ def show(runs: list, *keys, digits: int = 2, times: float = 1) -> str:
 def answer(runs: list) -> str:
     gap = lambda key: show(runs, "vae", "gaps", "test", key, "mean")
     share = show(runs, "vae", "gaps", "test", "better_share", digits=1, times=100)
-    amortisation, approximation = (get(runs, "models", "vae", "gaps", "test", key, "mean")
-                                   for key in ["start_gap", "approximation_gap"])
-    found = common.paired(amortisation, approximation)
+    found = common.paired(*[get(runs, "models", "vae", "gaps", "test", key, "mean")
+                            for key in ["start_gap", "approximation_gap"]])
     said = {1: "the amortisation gap is the larger", -1: "the approximation gap is the larger",
             0: "which is the larger cannot be told"}[found.sign]
     c = runs[0]["config"]
@@ -688,14 +686,15 @@ def comparison(runs: list) -> str:
     optimised = ("squared_error", "optimised")
     for what, keys, of_vae, better, digits in [
             ("log p(x) of test images, as many of each digit, nats",
-             *[("gaps", "test", "log_px", "mean")] * 2, 1, 2),
+             ("gaps", "test", "log_px", "mean"), None, 1, 2),
             ("squared error of test images, optimised against the encoder's codes",
              optimised, ("squared_error", "start"), -1, 4),
-            ("squared error of test images, both optimised", *[optimised] * 2, -1, 4),
-            (f"FID of prior samples (floor {floor})", *[("fid", "prior")] * 2, -1, 2),
+            ("squared error of test images, both optimised", optimised, None, -1, 4),
+            (f"FID of prior samples (floor {floor})", ("fid", "prior"), None, -1, 2),
             (f"FID of samples from a Gaussian fitted to the codes (floor {floor})",
-             *[("fid", "gaussian")] * 2, -1, 2)]:
-        a, b = get(runs, "models", "latent_opt", *keys), get(runs, "models", "vae", *of_vae)
+             ("fid", "gaussian"), None, -1, 2)]:
+        a = get(runs, "models", "latent_opt", *keys)
+        b = get(runs, "models", "vae", *(of_vae or keys))
         found = common.paired(a, b, digits=digits)
         best = {1: MODELS["latent_opt"], -1: MODELS["vae"],
                 0: "one seed: not tested" if found.n < 2 else "not told apart"}
@@ -706,9 +705,8 @@ def comparison(runs: list) -> str:
 
 def gap_section(runs: list) -> str:
     def with_interval(name, where, key):
-        m = [v["gaps"][where][key] for v in get(runs, "models", name)]
-        half = 1.96 * np.mean([v["se"] for v in m])
-        return f"{common.mean_std([v['mean'] for v in m])} [{half:.2f}]"
+        se = get(runs, "models", name, "gaps", where, key, "se")
+        return f"{show(runs, name, 'gaps', where, key, 'mean')} [{1.96 * np.mean(se):.2f}]"
 
     rows = [[f"{MODELS[name]}, {where}",
              *[with_interval(name, where, key) for key in ["start", "elbo", "log_px", "start_gap",
@@ -856,13 +854,12 @@ def finished(folder: Path, args) -> dict:
     file = folder / "final_metrics.json"
     there = common.load_json(file) if file.exists() else {}
     if there and (there["codes"] < args.codes or there["n_test"] < args.test_images):
+        measured = f"{folder} was measured on {there['n_test']} images with {there['codes']} codes"
         if there["codes"] > args.codes or there["n_test"] > args.test_images:
-            raise common.UserError(f"{folder} was measured on {there['n_test']} images with "
-                                   f"{there['codes']} codes; ask for at least as many of both")
+            raise common.UserError(f"{measured}; ask for at least as many of both")
         if not all((folder / kind / "checkpoint.pt").exists() for kind in MODELS):
-            raise common.UserError(f"{folder} was measured on {there['n_test']} images with "
-                                   f"{there['codes']} codes and has no weights to measure more; "
-                                   "--fresh trains it again")
+            raise common.UserError(f"{measured} and has no weights to measure more; --fresh trains "
+                                   "it again")
     return there
 
 
@@ -873,15 +870,15 @@ def main(argv=None) -> dict:
         return common.write_reports(report, base, args.dataset)
     device, data = common.pick_device(args.device), common.load_data(args.dataset, args.data_dir)
     runs = grid(args, data.name)[args.shard]
-    root, parts = base / data.name, [split(data, config, args.test_images) for config in runs]
-    folders = [root / variant(c) / f"seed_{c['seed']}" for c in runs]
+    names = [f"{variant(c)}/seed_{c['seed']}" for c in runs]
+    folders = [base / data.name / name for name in names]
+    parts = [split(data, config, args.test_images) for config in runs]
     common.open_runs(folders, runs, args)
-    classifier, metrics = common.load_classifier(data, device), {}
+    classifier = common.load_classifier(data, device)
     real = [classifier.look(x)[0] for x in (data.x_test, data.x_train[:10_000])]
-    done = [finished(folder, args) for folder in folders]
-    for config, part, folder, there in zip(runs, parts, folders, done, strict=True):
-        name = f"{variant(config)}/seed_{config['seed']}"
-        metrics[name] = there
+    metrics = {name: finished(folder, args) for name, folder in zip(names, folders, strict=True)}
+    for name, config, part, folder in zip(names, runs, parts, folders, strict=True):
+        there = metrics[name]
         if there and there["codes"] >= args.codes and there["n_test"] >= args.test_images:
             continue
         x, x_val = (data.x_train[part[k]].to(device) for k in ["train", "val"])
