@@ -90,8 +90,7 @@ def stratified(y: Tensor, n: int, *key: int | str) -> Tensor:
 
     Raises UserError if a class has too few.
     """
-    g = common.generator(*key)
-    chosen = []
+    g, chosen = common.generator(*key), []
     for digit in range(10):
         of = (y == digit).nonzero()[:, 0]
         m = n // 10 + (digit < n % 10)
@@ -100,8 +99,7 @@ def stratified(y: Tensor, n: int, *key: int | str) -> Tensor:
                                    f"and {len(of)} are there; take another --train-size or "
                                    "--test-images")
         chosen.append(of[torch.randperm(len(of), generator=g)[:m]])
-    chosen = torch.cat(chosen)
-    return chosen[torch.randperm(len(chosen), generator=g)]
+    return torch.cat(chosen)[torch.randperm(n, generator=g)]
 
 
 def split(data: common.Data, config: dict, n_test: int) -> dict[str, Tensor]:
@@ -109,9 +107,7 @@ def split(data: common.Data, config: dict, n_test: int) -> dict[str, Tensor]:
     images whose gaps are measured: stratified, sorted by digit, the same for every seed.
     """
     train = stratified(data.y_train, config["train_size"], config["seed"], "split")
-    free = torch.ones(len(data.y_train), dtype=torch.bool)
-    free[train] = False
-    free = free.nonzero()[:, 0]
+    free = (~torch.isin(torch.arange(len(data.y_train)), train)).nonzero()[:, 0]
     if len(free) < 5000:
         raise common.UserError(f"--train-size {config['train_size']} leaves {len(free)} images "
                                f"for validation, which needs 5000; take at most "
@@ -300,10 +296,9 @@ def train(kind: str, config: dict, x: Tensor, x_val: Tensor, folder: Path, args)
                                                 config["sigma"])[0].mean().item()
         history.append(row)
         if epoch in shown_epochs(config):  # before the checkpoint: an epoch done has its file
-            found = inference.state_dict()  # without Adam's moments of 20,000 rows
             common.save_torch(folder / f"{kind}_epoch_{epoch}.pt", {
-                "config": config, "epoch": epoch, "decoder": decoder.state_dict(),
-                "inference": found if kind == "vae" else {"table": found["table"]}})
+                "config": config, "epoch": epoch, "decoder": decoder.state_dict(), "inference":
+                inference.state_dict() if kind == "vae" else {"table": inference.table}})
         common.save_epoch(folder / kind, config, history, parts, False, board)
         bar.set_postfix(loss=f"{row['loss']:.2f}", refresh=False)
         bar.update()
@@ -524,7 +519,7 @@ def evaluate(config: dict, args, data, part, trained: dict, real, classifier, fo
             "seconds_per_epoch": float(np.median([row["seconds"] for row in trained[name][2]])),
             "seconds_train": sum(row["seconds"] for row in trained[name][2])}
     timed = time.perf_counter()
-    mu = encode(x)[0].cpu()
+    encode(x)[0].cpu()  # the clock waits for the device
     models["vae"]["seconds_to_encode"] = time.perf_counter() - timed
     timed = time.perf_counter()
     supervised = common.train_classifier(
@@ -557,8 +552,7 @@ def evaluate(config: dict, args, data, part, trained: dict, real, classifier, fo
 def save_log_probabilities(folder: Path, test: Tensor, y: Tensor, ink: Tensor,
                            found: dict) -> None:
     """log_probabilities.npy: float64 (2 models in MODELS' order, 10 digits, images of a digit),
-    padded with NaN where digits differ in number; log_probabilities.csv: an image per line, to
-    read.
+    padded with NaN where digits differ in number; log_probabilities.csv: an image per line.
     """
     array = np.full((len(found), 10, int(y.bincount().max())), np.nan)
     for i, of in enumerate(found.values()):
@@ -582,15 +576,14 @@ def figures(config: dict, folder: Path, trained: dict, found: dict, y: Tensor, x
     """
     figure = Figure(figsize=(11, 3))
     titles = {"loss": "−ELBO", "reconstruction": "−log p(x | z)", "kl": "KL"}
-    histories = {title: trained[name][2] for name, title in MODELS.items()}
     epochs = range(1, config["epochs"] + 1)
     for axes, (key, title) in zip(figure.subplots(1, 3), titles.items(), strict=True):
-        for model, history in histories.items():
-            axes.plot(epochs, [row[key] for row in history], label=model)
+        for name, label in MODELS.items():
+            axes.plot(epochs, [row[key] for row in trained[name][2]], label=label)
         if key == "loss":
             axes.plot(epochs, [row["val_loss"] for row in trained["vae"][2]], "C0:",
                       label="amortised, validation")
-        late = [row[key] for history in histories.values() for row in history[1:] or history]
+        late = [row[key] for *_, history in trained.values() for row in history[1:] or history]
         margin = 0.05 * (max(late) - min(late)) + 1e-6  # the first epoch would flatten the rest
         axes.set(xlabel="epoch", ylabel="nats per image", title=title,
                  ylim=(min(late) - margin, max(late) + margin))
