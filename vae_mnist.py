@@ -714,21 +714,19 @@ def comparisons(groups: dict[str, list]) -> list[str]:
         best = min(tried, key=lambda rs: np.mean(scores(rs)))
         at_best.append(best)
         if len(tried) > 1:
-            c = best[0]["config"]
+            c, edge = best[0]["config"], best in (tried[0], tried[-1])
+            found = [f"{rate(rs):g}: {common.mean_std(scores(rs))} (n={len(scores(rs))})"
+                     for rs in tried]
             said.append(f"Rates of {c['optimizer']} ({where(c, 'lr')}), by validation loss"
-                        f"{'' if seeds else ', without a seed in common'}: " + "; ".join(
-                            f"{rate(rs):g}: {common.mean_std(scores(rs))} (n={len(scores(rs))})"
-                            for rs in tried) + f". The best is {c['lr']:g}"
-                        + (", at the edge of those tried." if best in (tried[0], tried[-1])
-                           else "."))
+                        f"{'' if seeds else ', without a seed in common'}: {'; '.join(found)}. "
+                        f"The best is {c['lr']:g}{', at the edge of those tried' * edge}.")
     for question, keys, among in [
             ("Adagrad or Adam, each at the best of the rates tried, both decaying to 0?",
              ["optimizer", "lr"], at_best),
             ("Does a further hidden layer help?", ["hidden"], every),
             ("Does the tighter bound help?", ["objective", "k"], every)]:
         name = lambda c: network(c) if keys == ["hidden"] else " ".join(str(c[k]) for k in keys)
-        for b, a in itertools.chain.from_iterable(
-                itertools.combinations(of, 2) for of in alike(among, *keys)):
+        for b, a in [pair for of in alike(among, *keys) for pair in itertools.combinations(of, 2)]:
             c, other = a[0]["config"], b[0]["config"]
             a, b = common.same_seeds(a, b)
             if not a or c["hidden"][:len(other["hidden"])] != other["hidden"]:
@@ -742,10 +740,10 @@ def comparisons(groups: dict[str, list]) -> list[str]:
                         f"{', '.join(found)}.")
     for of in alike(every, "latent_dim"):
         if len(of) > 1:
+            found = [f"d = {rs[0]['config']['latent_dim']}: {show(rs, 'negative_elbo')} "
+                     f"(n={len(rs)}, {show(rs, 'active_units', digits=0)} active)" for rs in of]
             said.append(f"**Latent dimensions** ({where(of[0][0]['config'], 'latent_dim')}), "
-                        "−ELBO: " + "; ".join(
-                f"d = {rs[0]['config']['latent_dim']}: {show(rs, 'negative_elbo')} (n={len(rs)}, "
-                f"{show(rs, 'active_units', digits=0)} active)" for rs in of) + ".")
+                        f"−ELBO: {'; '.join(found)}.")
     return ["## Comparisons", *said, "Differences in nats, paired by seed; a negative one favours "
             "the first. Intervals are not corrected for the number of comparisons."] if said else []
 
