@@ -46,7 +46,6 @@ from tqdm import tqdm
 import common
 from common import get
 
-SHOWN_EPOCHS = [1, 5, 10, 20, 30]  # and the last
 INFERENCE_STEPS = 300
 SUPERVISED_EPOCHS = 12
 MODELS = {"vae": "amortised VAE", "latent_opt": "latent optimisation"}
@@ -307,7 +306,7 @@ def train(kind: str, config: dict, x: Tensor, x_val: Tensor, folder: Path, args)
 
 
 def shown_epochs(config: dict) -> list[int]:
-    return sorted({e for e in SHOWN_EPOCHS if e <= config["epochs"]} | {config["epochs"]})
+    return sorted({e for e in [1, 5, 10, 20, 30] if e <= config["epochs"]} | {config["epochs"]})
 
 
 # ----------------------------------------------------------------------------------------- Evaluate
@@ -495,15 +494,13 @@ def evaluate(config: dict, args, data, part, trained: dict, real, classifier, fo
               "latent_opt": {"zero": zero, "PCA": pca}}
     control = torch.cat([elbo(trained["vae"][0], c, *encode(c), sigma, 10)
                          for c in data.x_test.to(device).split(1000)])
-    own_control = control[part["test"]]
     found, models = {}, {}
     for name in MODELS:
         decoder, start = trained[name][0], list(starts[name].values())[-1]
         q_train = encode(x_train) if name == "vae" else table.chunk(2, dim=1)
         found[name] = of = measure(decoder, start(x), x, sigma, args.codes)
         on_train = measure(decoder, [v[some] for v in q_train], x_train[some], sigma, args.codes)
-        error = lambda z, x, decoder=decoder: float(
-            (in_chunks(decoder, z, device) - x.cpu()).square().mean())
+        error = lambda z, x: float((in_chunks(decoder, z, device) - x.cpu()).square().mean())
         mu, logvar = (v.cpu() for v in q_train)
         models[name] = {
             "gaps": {"test": gaps(of, y), "train": gaps(on_train)},
@@ -513,8 +510,9 @@ def evaluate(config: dict, args, data, part, trained: dict, real, classifier, fo
                               "training images": error(mu[some], x_train[some])},
             "probe_accuracy": probe(mu, y_train, (start(x)[0] if name == "vae" else of["mu"]).cpu(),
                                     y),
-            "log_px_by_digit": [digit_mean(of["log_px"][y == digit], own_control[y == digit],
-                                           control[data.y_test == digit]) for digit in range(10)],
+            "log_px_by_digit": [
+                digit_mean(of["log_px"][y == digit], control[part["test"]][y == digit],
+                           control[data.y_test == digit]) for digit in range(10)],
             "ink": ink_test(ink, y, of["log_px"]), "seconds_to_infer": float(of["seconds"]),
             "seconds_per_epoch": float(np.median([row["seconds"] for row in trained[name][2]])),
             "seconds_train": sum(row["seconds"] for row in trained[name][2])}
@@ -701,9 +699,8 @@ def gap_section(runs: list) -> str:
         se = get(runs, "models", name, "gaps", where, key, "se")
         return f"{show(runs, name, 'gaps', where, key, 'mean')} [{1.96 * np.mean(se):.2f}]"
 
-    rows = [[f"{MODELS[name]}, {where}",
-             *[with_interval(name, where, key) for key in ["start", "elbo", "log_px", "start_gap",
-                                                           "approximation_gap"]],
+    keys = ["start", "elbo", "log_px", "start_gap", "approximation_gap"]
+    rows = [[f"{MODELS[name]}, {where}", *[with_interval(name, where, key) for key in keys],
              show(runs, name, "gaps", where, "ess_median", digits=0),
              show(runs, name, "gaps", where, "ess_below_50", digits=1, times=100)]
             for name in MODELS for where in ["test", "train"]]
@@ -806,17 +803,17 @@ def digits_section(runs: list) -> str:
         return f"{first} (or {near}: within the error)" if near else str(first)
 
     for name, title in MODELS.items():
-        p, slope = (get(runs, "models", name, "ink", key) for key in ["p", "slope"])
-        p, slope = max(p), np.mean(slope)
-        share = lambda key, name=name: show(runs, name, "ink", key, digits=0, times=100)
+        p = max(get(runs, "models", name, "ink", "p"))
+        slope = np.mean(get(runs, "models", name, "ink", "slope"))
+        share = lambda key: show(runs, name, "ink", key, digits=0, times=100)
         said.append(
             f"{title}: most probable is {extreme(name, 1)}, least {extreme(name, -1)}. Images with "
             f"more ink are {'less' if slope < 0 else 'more'} probable: stroke area explains "
             f"{share('r2_ink')} % of the variance of log p(x) over images, the digit "
             f"{share('r2_digit')} %, both {share('r2_both')} %. "
-            + (f"The digit counts beyond stroke area (p {'< 1e-16' if p < 1e-16 else f'= {p:.1g}'})"
-               "." if p < 0.01 else
-               "Whether the digit counts beyond that, these images cannot tell."))
+            + ("Whether the digit counts beyond that, these images cannot tell." if p >= 0.01 else
+               "The digit counts beyond stroke area "
+               f"(p {'< 1e-16' if p < 1e-16 else f'= {p:.1g}'})."))
     return "### Which digits are probable\n\n" + common.table(
         ["digit", *[f"{t}{what}" for t in MODELS.values()
                     for what in [", log p(x)", ", s.e. over images"]]],
