@@ -748,7 +748,7 @@ def starts_section(runs: list) -> str:
 
 
 def quality_section(runs: list) -> str:
-    m, last = runs[0]["metrics"], [run["history"][-1] for run in runs]
+    m, c, last = runs[0]["metrics"], runs[0]["config"], [run["history"][-1] for run in runs]
     rows = [[f"{what} of training images, last epoch (nats)",
              *[common.mean_std([row[f"{name}_{key}"] for row in last]) for name in MODELS]]
             for key, what in [("reconstruction", "−log p(x given z)"), ("kl", "KL")]]
@@ -778,8 +778,9 @@ def quality_section(runs: list) -> str:
         "\n\nFID of the fitted Gaussian less that of the prior (negative: the fitted one samples "
         f"better): {fitted}. FID is in the features of the metric classifier, not Inception's. "
         f"Probes are tested on {m['n_test']:,} images (95 % half-width {half:.1f} points); for "
-        "latent optimisation those codes took more steps than the training codes had, which may "
-        "cost it accuracy. The supervised classifier scores "
+        f"latent optimisation those codes took {INFERENCE_STEPS} steps, the training codes "
+        f"{c['epochs'] * c['latent_steps']}, which may cost it accuracy. The supervised "
+        "classifier scores "
         f"{accuracy('supervised_accuracy_subset')} % on the same and "
         f"{accuracy('supervised_accuracy')} % on all test images, after "
         f"{common.mean_std(get(runs, 'seconds_supervised'), 0)} s. An epoch of latent optimisation "
@@ -818,8 +819,9 @@ def digits_section(runs: list) -> str:
         ["digit", *[f"{t}{what}" for t in MODELS.values()
                     for what in [", log p(x)", ", s.e. over images"]]],
         rows) + "\n\n" + "\n\n".join(said) + (
-        "\n\nStroke area is the sum of an image's pixels. Means use the measured images and the "
-        "encoder's bound of all test images of the digit (a regression estimate). Every "
+        "\n\nStroke area is the sum of an image's pixels. Means of ten or more measured "
+        "images also use the encoder's bound of all test images of the digit (a regression "
+        "estimate). Every "
         "image's value is in each run's log_probabilities.csv, and as an array (2 models, 10 "
         "digits, images of a digit) in log_probabilities.npy.")
 
