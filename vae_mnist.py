@@ -658,7 +658,10 @@ def answer(groups: dict[str, list]) -> str:
     for v, rs in chosen(groups).items():
         if known := published(rs[0]["config"]):
             what, figure, who, *keys = known
-            word = "reached" if np.mean(get(rs, *keys)) <= figure else "not reached"
+            found = common.paired(get(rs, *keys), [figure] * len(rs))
+            word = {1: "not reached", -1: "reached", 0: "not to be told from it"}[found.sign]
+            if len(rs) == 1:
+                word = f"{'reached' if found.mean <= 0 else 'not reached'} by one seed"
             against.append(f"`{v}` {what} {show(rs, *keys)} (n={len(rs)}) against {figure:g} "
                            f"({who}), {word} in {rs[0]['config']['epochs']} epochs")
     return "**Answer.** " + " ".join(said) + (

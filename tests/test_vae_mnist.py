@@ -343,9 +343,11 @@ def test_only_like_is_compared_with_like():
 
 
 def test_the_answer_follows_the_numbers():
-    for loss, word in [(99.0, "reached in"), (101.0, "not reached in")]:
-        text = study.answer(study.arranged([run(seed, loss) for seed in range(3)]))
-        assert f"n=3) against 100, {word} 9 epochs" in text
+    for losses, word in [([99.0] * 3, "reached"), ([101.0] * 3, "not reached"),
+                         ([99.5], "reached by one seed"), ([101.0], "not reached by one seed"),
+                         ([99.0, 100.0, 101.5], "not to be told from it")]:
+        text = study.answer(study.arranged([run(*of) for of in enumerate(losses)]))
+        assert f" against 100 (a student project, protocol not stated), {word} in 9 epochs" in text
     other = study.arranged([run(seed, 99, dataset="glyphs") for seed in range(3)])
     assert "Published" not in study.answer(other)
     grey = [run(0, 80, binarize="none", objective="iwae", k=5), run(0, 90, binarize="none")]
