@@ -199,9 +199,9 @@ def results_readme() -> str:
     """results/README.md: how every published number was made."""
     parts = ["# Published results\n\nMade by `python tests/test_docs.py` from the JSON files. "
              "Every run is a folder with its configuration, its metrics and its curves, for seed 0 "
-             "pictures too; weights are not kept. A row is what one command made: the same "
-             "command at the same commit and number of threads gives the same numbers on the same "
-             "kind of CPU. The reports name what was measured later.",
+             "pictures too; weights are not kept. A row is what one command made, shown without "
+             "--seeds: with its seeds, at its commit and number of threads it gives the same "
+             "numbers on the same kind of CPU. The reports name what was measured later.",
              "`classifiers/` holds the weights of the metric classifiers, one for each dataset."]
     published = ROOT / "results/published"
     for root in sorted(file.parent for file in published.rglob("report.md")):
