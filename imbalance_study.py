@@ -128,8 +128,8 @@ def label(config: dict) -> str:
 
 def variant(config: dict) -> str:
     """A run's folder: 'ga-ae_digit9_2pct', 'ga-ae_lambda0_digit9_2pct'."""
-    name = label(config).replace("=", "")
-    for sign, word in [("λ", "lambda"), ("γ", "gamma"), ("β", "beta"), (" ", "_")]:
+    name = label(config)
+    for sign, word in [("=", ""), ("λ", "lambda"), ("γ", "gamma"), ("β", "beta"), (" ", "_")]:
         name = name.replace(sign, word)
     return f"{name}_{rare(config)}"
 
@@ -146,26 +146,25 @@ def split(data: common.Data, config: dict) -> dict[str, Tensor]:
     seed. Raises UserError if the dataset does not hold that many images of the class or of the
     others.
     """
-    n, ratio, rare = config["train_size"], config["rare_ratio"], config["rare_digit"]
+    n, ratio = config["train_size"], config["rare_ratio"]
     n_val = max(20, round(0.06 * n))  # 3,000 of 50,000
     order = torch.randperm(len(data.y_train), generator=common.generator(config["seed"], "split"))
-    is_rare = data.y_train[order] == rare
-    pools = {True: order[is_rare], False: order[~is_rare]}
-    n_rare, val_rare = round(ratio * n), round(ratio * n_val)
+    is_rare = data.y_train[order] == config["rare_digit"]
+    rare, others = order[is_rare], order[~is_rare]
+    n_rare, both_rare = round(ratio * n), round(ratio * n) + round(ratio * n_val)
+    n_others, both_others = n - n_rare, n + n_val - both_rare
     if n_rare < 1:
         raise common.UserError(f"--rare-ratio {ratio:g} of {n} images rounds to no image of the "
                                f"rare class; it must be above {0.5 / n:g}")
-    if n - n_rare + n_val - val_rare > len(pools[False]):
-        raise common.UserError(f"--train-size {n} needs {n - n_rare + n_val - val_rare} images of "
-                               f"the other classes, there are {len(pools[False])}; take a smaller "
-                               "one")
-    if n_rare + val_rare > len(pools[True]):
-        raise common.UserError(f"--rare-ratio {ratio:g} needs {n_rare + val_rare} images of class "
-                               f"{rare}, there are {len(pools[True])}; the largest possible is "
-                               f"{math.floor(1e4 * len(pools[True]) / (n + n_val)) / 1e4:g}")
-    both = {"train": [(True, 0, n_rare), (False, 0, n - n_rare)],
-            "val": [(True, n_rare, val_rare), (False, n - n_rare, n_val - val_rare)]}
-    return {k: torch.cat([pools[r][a:a + m] for r, a, m in parts]) for k, parts in both.items()}
+    if both_others > len(others):
+        raise common.UserError(f"--train-size {n} needs {both_others} images of the other classes, "
+                               f"there are {len(others)}; take a smaller one")
+    if both_rare > len(rare):
+        raise common.UserError(f"--rare-ratio {ratio:g} needs {both_rare} images of class "
+                               f"{config['rare_digit']}, there are {len(rare)}; the largest "
+                               f"possible is {math.floor(1e4 * len(rare) / (n + n_val)) / 1e4:g}")
+    return {"train": torch.cat([rare[:n_rare], others[:n_others]]),
+            "val": torch.cat([rare[n_rare:both_rare], others[n_others:both_others]])}
 
 
 # -------------------------------------------------------------------------------------------- Model
@@ -193,8 +192,7 @@ class Autoencoder(nn.Module):
             nn.ConvTranspose2d(16, 1, 4, stride=2, padding=1))  # logits (B, 1, 28, 28)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Mean (B, d) and log-variance (B, d) of q(z | x); without the variance, the code and None.
-        """
+        """Mean and log-variance (B, d) of q(z | x); without the variance, the code and None."""
         return self.halves(self.encoder(x))
 
     def halves(self, h: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -212,15 +210,12 @@ class Autoencoder(nn.Module):
 
 
 def bernoulli_nats(logits: Tensor, x: Tensor) -> Tensor:
-    """-log p(x | z), nats per image: summed over pixels, averaged over the batch. Grey x has a
-    floor.
-    """
+    """-log p(x | z), nats per image: summed over pixels, averaged over the batch."""
     return F.binary_cross_entropy_with_logits(logits, x, reduction="sum") / len(x)
 
 
 def kl_nats(mu: Tensor, logvar: Tensor) -> Tensor:
-    """KL(N(mu, diag e^logvar) || N(0, I)), nats per image: summed over d, averaged over the batch.
-    """
+    """KL(N(mu, diag e^logvar) || N(0, I)), nats per image: summed over d, mean of the batch."""
     return 0.5 * (mu.square() + logvar.exp() - 1 - logvar).sum(1).mean()
 
 
@@ -457,7 +452,7 @@ class Judge:
     """
 
     def __init__(self, data: common.Data, part: dict, config: dict, classifier, samples: int):
-        self.rare, self.samples, self.look = config["rare_digit"], samples, classifier.look
+        self.rare, self.look = config["rare_digit"], classifier.look
         self.x, y, y_test = data.x_train[part["train"]], data.y_train[part["train"]], data.y_test
         self.share = np.bincount(y, minlength=10) / len(y)
         self.p = self.share[self.rare]  # the rare class's share in training
@@ -476,12 +471,10 @@ class Judge:
         self.false_share = float(false / (true + false))  # among images called rare
         self.confusion = (probs, y_test)
         self.n_test_rare = int(is_rare.sum())
-        self.clear = self.clear_shares(*self.confusion)
         like_training = thinned(y_test, self.rare, self.p, g)
         self.f_thinned = f[like_training]
         self.real = [self.lifts(probs[half[thinned(y_test[half], self.rare, self.p, g)]],
-                                (probs[other], y_test[other]),
-                                self.clear_shares(probs[other], y_test[other]))
+                                (probs[other], y_test[other]))
                      for half, other in [halves, halves[::-1]]]
         order = torch.randperm(len(self.x), generator=common.generator(config["seed"], "floor"))
         self.x_some = self.x[order[:5000]]  # rare ones come first in the split, so not the first
@@ -505,12 +498,12 @@ class Judge:
         sure = (probs[:, self.rare] >= 0.9).double()
         return tuple(float(sure[of].mean()) for of in (y == self.rare, y != self.rare))
 
-    def lifts(self, probs: Tensor, confusion: tuple | None = None,
-              clear: tuple | None = None) -> dict:
-        """Lifts of the rare class and class histogram of images with class probabilities (N, 10).
+    def lifts(self, probs: Tensor, confusion: tuple[Tensor, Tensor]) -> dict:
+        """Lifts of the rare class and class histogram of images with probabilities (N, 10), by the
+        classifier's confusion on real images, its probabilities and their labels.
         """
-        share = common.class_share(probs, *confusion or self.confusion)
-        right, wrong = clear or self.clear
+        share = common.class_share(probs, *confusion)
+        right, wrong = self.clear_shares(*confusion)
         sure = float((probs[:, self.rare] >= 0.9).double().mean())
         lift = {k: float(v[self.rare] / self.p) for k, v in share.items()}
         return {
@@ -522,7 +515,8 @@ class Judge:
             "total_variation": float(np.abs(share["share"] - self.share).sum() / 2)}
 
     def lifts_and_fid(self, f: Tensor, probs: Tensor) -> dict:
-        return {**self.lifts(probs), "fid": common.frechet_distance(f, self.f_thinned)}
+        return {**self.lifts(probs, self.confusion),
+                "fid": common.frechet_distance(f, self.f_thinned)}
 
     def rare_quality(self, f: Tensor) -> dict:
         """KID, precision, density and coverage of rare features f against half the real ones."""
@@ -583,7 +577,6 @@ def progress(folder: Path, args, classifier) -> tuple[dict, list[str]]:
 def evaluate(config: dict, args, data, part, model, history, classifier, folder, device,
              metrics: dict, todo: list[str]) -> dict:
     """Fill in final_metrics.json, so far `metrics`: everything for each sampler `todo`."""
-    file = folder / "final_metrics.json"
     assert not model.training, "models are measured in eval mode"
     judge = Judge(data, part, config, classifier, args.samples)
     x_val = data.x_train[part["val"]]
@@ -593,15 +586,16 @@ def evaluate(config: dict, args, data, part, model, history, classifier, folder,
         in_chunks(lambda c: model.decoder(c.to(device)).cpu(), z_val), x_val)
     decode = lambda z, t=temperature: decoded(model, z, device, t)
     if not metrics:
-        rebuilt = [decode(codes(x)) for x in (judge.x_some, judge.x[: round(len(z) * judge.p)],
-                                              judge.x_mixed, judge.x_rare)]
+        n_rare = round(len(z) * judge.p)
+        copying = lambda *of: judge.copying(*[decode(codes(x)) for x in of])
         best = min(history, key=lambda row: row["val_loss"])
         p = x_val.double()  # the cross-entropy of grey pixels cannot fall below their entropy
         entropy = torch.special.entr(p) + torch.special.entr(1 - p)
         shuffled = torch.randperm(len(z_val), generator=common.generator("flatness"))
         metrics = {
-            "n_train": len(z), "n_train_rare": round(len(z) * judge.p), "n_test_rare":
-            judge.n_test_rare, "train_share": judge.share.tolist(), "clear_real": judge.clear[0],
+            "n_train": len(z), "n_train_rare": n_rare, "n_test_rare": judge.n_test_rare,
+            "train_share": judge.share.tolist(),
+            "clear_real": judge.clear_shares(*judge.confusion)[0],
             "classifier": {"accuracy": classifier.accuracy, "sha256": classifier.sha256},
             "best_epoch": best["epoch"], "validation": {k[4:]: v for k, v in best.items()
                                                         if k.startswith("val_")},
@@ -609,8 +603,8 @@ def evaluate(config: dict, args, data, part, model, history, classifier, folder,
             "temperature": temperature,
             "flatness": flatness(model, z_val[shuffled[:512]].to(device)),
             "fid_floor": judge.floor, "real": judge.real,
-            "copying_train_reconstructions": judge.copying(rebuilt[0], rebuilt[1]),
-            "copying_test_reconstructions": judge.copying(rebuilt[2], rebuilt[3]),
+            "copying_train_reconstructions": copying(judge.x_some, judge.x[:n_rare]),
+            "copying_test_reconstructions": copying(judge.x_mixed, judge.x_rare),
             "samplers": {}, "seconds_train": sum(row["seconds"] for row in history),
             "seconds_per_epoch": min(row["seconds"] for row in history),  # the machine's own pace
             "bfloat16": device.type == "cpu" and common.BFLOAT16,
@@ -628,7 +622,7 @@ def evaluate(config: dict, args, data, part, model, history, classifier, folder,
             plain = judge.look(decode(drawn, 1.0))
             metrics["samplers"][sampler]["temperature_1"] = judge.lifts_and_fid(*plain)
         figures_of_samples(config, folder, sampler, x, probs, judge)
-        common.save_json(file, metrics)
+        common.save_json(folder / "final_metrics.json", metrics)
     return metrics
 
 
@@ -659,20 +653,18 @@ def additions(arm: str, x: Tensor, y: Tensor, z: Tensor | None, decode,
         for i, (a, b) in enumerate(move.tolist()):
             more[i] = wide[i, :, 2 - a:30 - a, 2 - b:30 - b]
         return more, y[source]
-    if arm == "smote":
-        partner = torch.empty_like(source)
-        for c in y[source].unique():
-            of, members = (y[source] == c).nonzero()[:, 0], (y == c).nonzero()[:, 0]
-            near = torch.cdist(z[source[of]], z[members]).topk(min(6, len(members)),
-                                                               largest=False).indices
-            pick = torch.randint(min(1, near.shape[1] - 1), near.shape[1], (len(of),), generator=g)
-            partner[of] = members[near[torch.arange(len(of)), pick]]  # 0 is the code itself
-        t = torch.rand(len(source), 1, generator=g)
-        return decode(z[source] + t * (z[partner] - z[source])), y[source]
     codes = torch.empty(len(source), z.shape[1])
     for c in y[source].unique():
         of, members = (y[source] == c).nonzero()[:, 0], (y == c).nonzero()[:, 0]
-        codes[of] = local_codes(z[members], torch.searchsorted(members, source[of]), g)
+        if arm == "local":
+            codes[of] = local_codes(z[members], torch.searchsorted(members, source[of]), g)
+        else:
+            near = torch.cdist(z[source[of]], z[members]).topk(min(6, len(members)),
+                                                               largest=False).indices
+            pick = torch.randint(min(1, near.shape[1] - 1), near.shape[1], (len(of),), generator=g)
+            codes[of] = z[members[near[torch.arange(len(of)), pick]]]  # 0 is the code itself
+    if arm == "smote":
+        codes = z[source] + torch.rand(len(source), 1, generator=g) * (codes - z[source])
     return decode(codes), y[source]
 
 
@@ -709,7 +701,7 @@ def downstream(config: dict, folder: Path, data, device) -> None:
             model = model.to(device, memory_format=torch.channels_last).eval()
             temperature = common.load_json(folder / "final_metrics.json")["temperature"]
             z = encoded(model, x, device)
-            decode = lambda z, m=model, t=temperature: decoded(m, z, device, t)
+            decode = lambda z: decoded(model, z, device, temperature)
         x_more, y_more = additions(arm, x, y, z, decode, config["seed"])
         began = time.perf_counter()
         classifier = common.train_classifier(
@@ -829,18 +821,15 @@ def figures_of_samples(config, folder: Path, sampler: str, x: Tensor, probs: Ten
     """A grid of samples; for the headline sampler the clearest and least clear rare ones too."""
     name, rare = f"{label(config)}, {sampler} sampler", judge.rare
     common.save_grid(folder / f"samples_{sampler}.png", x[:64], 8, name)
-    if sampler != HEADLINE[config["model"]]:
-        return
     called = (probs.argmax(1) == rare).nonzero()[:, 0]
-    order = called[probs[called, rare].argsort(descending=True)]
-    if not len(order):
+    if sampler != HEADLINE[config["model"]] or not len(called):
         return
-    p = probs[order, rare]
-    for which, index, q in [("clearest", order[:64], p[:64]), ("least_clear", order[-64:],
-                                                               p[-64:])]:
-        common.save_grid(folder / f"rare_{which}.png", x[index], 8,
-                         f"{name}: {len(index)} {which.replace('_', ' ')} of {len(order)} called "
-                         f"{rare} (p {q[-1]:.2f} to {q[0]:.2f})")
+    order = called[probs[called, rare].argsort(descending=True)]
+    for which, index in [("clearest", order[:64]), ("least clear", order[-64:])]:
+        p = probs[index, rare]
+        common.save_grid(folder / f"rare_{which.replace(' ', '_')}.png", x[index], 8,
+                         f"{name}: {len(index)} {which} of {len(order)} called {rare} "
+                         f"(p {p[-1]:.2f} to {p[0]:.2f})")
     some = x[called[:16]]
     pairs = torch.cat([some, judge.x[common.nearest(some, judge.x)[1]]])
     common.save_grid(folder / "nearest.png", pairs, len(some),
@@ -1395,16 +1384,15 @@ def main(argv=None) -> dict:
             baseline_file(root, arm, config).unlink(missing_ok=True)
     classifier, metrics = common.load_classifier(data, device), {}
     done = [progress(folder, args, classifier) for folder in folders]
-    for config, part, folder, (there, todo) in zip(runs, parts, folders, done, strict=True):
-        name = f"{variant(config)}/seed_{config['seed']}"
-        metrics[name] = there
+    for config, part, folder, (found, todo) in zip(runs, parts, folders, done, strict=True):
         if todo:  # else finished, whether or not its weights are still here
             x, x_val = (data.x_train[part[k]].to(device) for k in ["train", "val"])
             model, history = train(config, x, x_val, folder, args)
-            metrics[name] = evaluate(config, args, data, part, model, history, classifier, folder,
-                                     device, metrics[name], todo)
+            found = evaluate(config, args, data, part, model, history, classifier, folder, device,
+                             found, todo)
         if args.downstream:
             downstream(config, folder, data, device)
+        metrics[f"{variant(config)}/seed_{config['seed']}"] = found
     if runs:
         common.write_reports(report, base, data.name)
     return metrics
