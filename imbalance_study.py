@@ -862,8 +862,7 @@ def report(root: Path) -> str:
 
     models, cell = cells[widest], dict(widest)
     shown = compared(models)
-    others = [(m, s, of) for m, of in models.items() for s in SAMPLERS
-              if (m, s, of) not in shown and values(of, s, "fid")]
+    others = [of for of in measured(models) if of not in shown]
     others += [(f"{title(key)}: {m}", s, of) for key in cells if key != widest
                for m, s, of in compared(cells[key])]
     clearest = [f"![{m}, {s}: clearest rare samples]({file.as_posix()})" for m, s, of in others
@@ -883,7 +882,7 @@ def report(root: Path) -> str:
         models_table(models), temperature_table(shown),
         "## Other samplers, classes and shares\n\n" + results_table(others) if others else "",
         *[line for _, more in grids for line in more],
-        *([GRIDS_CAPTION, " ".join(clearest)] if clearest else []),
+        GRIDS_CAPTION if clearest else "", " ".join(clearest),
         *(["## Does adding generated images help a classifier?",
            *[line for _, more in helps for line in more], DOWNSTREAM_CAPTION]
           if any(said for said, _ in helps) else []),
@@ -914,11 +913,9 @@ def measured_later(root: Path, runs: list) -> str:
 
 
 def value(run: dict, sampler: str, key: str) -> float | None:
-    """One metric of a run's sampler; None if it has none.
-
-    Besides the keys of final_metrics.json: "coverage_ratio" (rare coverage over that of as many
-    real images; 0 without samples called rare, None if they are too few), "fid_ratio" (over the
-    floor), "rare.<name>", "rare_real.<name>" and "temperature_1.<name>".
+    """One metric of a run's sampler, None if it has none: a key of final_metrics.json, one in
+    another ("rare.kid"), "fid_ratio" (over the floor) or "coverage_ratio" (over that of as many
+    real images; 0 without samples called rare, None if they are too few).
     """
     scores = run["metrics"]["samplers"].get(sampler)
     if not scores:
@@ -929,8 +926,9 @@ def value(run: dict, sampler: str, key: str) -> float | None:
         return scores["rare"]["coverage"] / scores["rare_real"]["coverage"]
     if key == "fid_ratio":
         return scores["fid"] / run["metrics"]["fid_floor"]
-    which, _, name = key.rpartition(".")
-    return ((scores.get(which) or {}) if which else scores).get(name)
+    for part in key.split("."):
+        scores = (scores or {}).get(part)
+    return scores
 
 
 def values(runs: list, sampler: str, key: str) -> list:
@@ -939,7 +937,10 @@ def values(runs: list, sampler: str, key: str) -> list:
 
 
 def show(runs: list, sampler: str, key: str, digits: int = 2) -> str:
-    return common.mean_std(values(runs, sampler, key), digits)
+    """A metric's mean and deviation over seeds, and n, if not every seed has it."""
+    found = values(runs, sampler, key)
+    fewer = len(found) < len(values(runs, sampler, "fid"))
+    return common.mean_std(found, digits) + f" (n={len(found)})" * fewer
 
 
 def headline(runs: list) -> str:
@@ -947,12 +948,14 @@ def headline(runs: list) -> str:
     return HEADLINE[runs[0]["config"]["model"]]
 
 
+def measured(models: dict[str, list]) -> list[tuple[str, str, list]]:
+    """(model, sampler, runs) for every sampler that any of the model's runs has."""
+    return [(m, s, runs) for m, runs in models.items() for s in SAMPLERS if values(runs, s, "fid")]
+
+
 def compared(models: dict[str, list]) -> list[tuple[str, str, list]]:
-    """(model, sampler, runs) for every model with its own sampler, local and pullback codes; with
-    every sampler, if there is none of these.
-    """
-    every = [(m, s, runs) for m, runs in models.items() for s in SAMPLERS
-             if values(runs, s, "fid")]
+    """Of those a model's own sampler, local and pullback codes; all, if there is none of these."""
+    every = measured(models)
     return [of for of in every if of[1] in (headline(of[2]), "local", "pullback")] or every
 
 
@@ -975,11 +978,8 @@ def judged(name: str, runs: list, sampler: str) -> tuple[bool, bool] | None:
 
 
 def answer(title: str, models: dict) -> str:
-    """The question answered: which models keep the rare class, and what sampler and geometry
-    change.
-    """
+    """Which models keep the rare class, and what sampler and geometry change."""
     def verdict(of: list) -> str:
-        """Which models keep the rare class, and of which noise leaves it open."""
         kept, undecided = [], []
         for m, s, runs in of:
             found = {name: judged(name, runs, s) for name in CRITERIA}
@@ -1010,14 +1010,14 @@ def answer(title: str, models: dict) -> str:
 
 
 def table_of(shown: list, columns: dict, above: list[dict] = ()) -> str:
-    """A row for each (name, sampler, runs) that was measured, its own sampler bold; columns: title
-    -> key and digits, or a function of (runs, sampler). Rows above them: column -> cell.
+    """A row for each (name, sampler, runs), its own sampler bold; columns: title -> key and digits,
+    or a function of (runs, sampler). Rows above them: column -> cell.
     """
     header = ["model, sampler", "n", *columns]
     return common.table(header, [*[[row.get(name, "") for name in header] for row in above], *[
         [f"**{m}, {s}**" if s == headline(runs) else f"{m}, {s}", len(values(runs, s, "fid")),
          *[of(runs, s) if callable(of) else show(runs, s, *of) for of in columns.values()]]
-        for m, s, runs in shown if values(runs, s, "fid")]])
+        for m, s, runs in shown]])
 
 
 def results_table(shown: list, real: bool = False) -> str:
@@ -1030,11 +1030,9 @@ def results_table(shown: list, real: bool = False) -> str:
                 f"{low:g}–{high:g}")
 
         def cell(runs, s):
-            if not (found := judged(name, runs, s)):
-                return "–"
-            n = len(values(runs, s, key))
-            return (show(runs, s, key, digits) + " " + "✗✓"[found[0]] + "≈" * found[1]
-                    + f" (n={n})" * (n < len(values(runs, s, "fid"))))
+            found = judged(name, runs, s)
+            marks = " " + "✗✓"[found[0]] + "≈" * found[1] if found else ""
+            return show(runs, s, key, digits) + marks
         return {f"{name} {span}": cell}
 
     def expected(runs, s):
@@ -1206,8 +1204,7 @@ def pictures(root: Path, models: dict[str, list], stem: str) -> list[str]:
     shown = [of for of in compared(models) if of[1] != "pullback"] or compared(models)
     own = [(m, s, runs) for m, s, runs in shown if s == headline(runs)] or shown
     heat_maps(root / f"{stem}_ablation.png",
-              {m: {s: (runs, s) for s in SAMPLERS if values(runs, s, "fid")}
-               for m, runs in models.items()})
+              {m: {s: (runs, s) for _, s, runs in measured({m: models[m]})} for m in models})
     histogram_figure(root / f"{stem}_classes.png", own)
     lift_figure(root / f"{stem}_lift.png", shown)
     lines = ["## Pictures", f"![Lift with 95 % intervals]({stem}_lift.png)",
@@ -1237,11 +1234,8 @@ def pictures(root: Path, models: dict[str, list], stem: str) -> list[str]:
 
 def quality_table(shown: list) -> str:
     def of_real(key: str, digits: int = 2):
-        def cell(runs, s):
-            n = len(values(runs, s, f"rare.{key}"))
-            return " / ".join(show(runs, s, f"{which}.{key}", digits) for which in [
-                "rare", "rare_real"]) + f" (n={n})" * (n < len(values(runs, s, "fid")))
-        return cell
+        return lambda runs, s: " / ".join(show(runs, s, f"{which}.{key}", digits)
+                                          for which in ["rare", "rare_real"])
 
     columns = {"rare images": lambda runs, s: f"{np.mean(values(runs, s, 'rare_n')):.0f}",
                "rare KID / real": of_real("kid", 3),
