@@ -870,6 +870,7 @@ def report(root: Path) -> str:
                 and (root / (file := of[0]["folder"] / "rare_clearest.png")).exists()]
     grids = [across(root, cells, axis, differ) for axis in ["rare_digit", "rare_ratio"]]
     helps = [downstream_section(root, cells[key], title(key)) for key in cells]
+    helped = any(said for said, _ in helps)
     text = "\n\n".join(filter(None, [
         f"# The imbalance study on {common.DATASETS[runs[0]['config']['dataset']]}",
         "Does a generative model keep a rare class, and does the geometry of its latent space "
@@ -882,10 +883,9 @@ def report(root: Path) -> str:
         models_table(models), temperature_table(shown),
         "## Other samplers, classes and shares\n\n" + results_table(others) if others else "",
         *[line for _, more in grids for line in more],
-        GRIDS_CAPTION if clearest else "", " ".join(clearest),
-        *(["## Does adding generated images help a classifier?",
-           *[line for _, more in helps for line in more], DOWNSTREAM_CAPTION]
-          if any(said for said, _ in helps) else []),
+        GRIDS_CAPTION * bool(clearest), " ".join(clearest),
+        "## Does adding generated images help a classifier?" * helped,
+        *[line for _, more in helps for line in more], DOWNSTREAM_CAPTION * helped,
         common.how_made(common.by_configuration(runs, variant)),
         measured_later(root, runs)])) + "\n"
     common.save_text(root / "report.md", text)
@@ -961,8 +961,7 @@ def compared(models: dict[str, list]) -> list[tuple[str, str, list]]:
 
 def judged(name: str, runs: list, sampler: str) -> tuple[bool, bool] | None:
     """Whether the mean over seeds meets a criterion, and whether a limit is as near to it as chance
-    may bring it: the seeds' and, of the calibrated lift, the confusion's, which is the same for all
-    seeds. One seed may be anywhere, but for the lift, which has an interval within the run.
+    may bring it (RESULTS_CAPTION says how); None without a value.
     """
     key, *limits = CRITERIA[name]
     found = values(runs, sampler, key)
@@ -1021,19 +1020,13 @@ def table_of(shown: list, columns: dict, above: list[dict] = ()) -> str:
 
 
 def results_table(shown: list, real: bool = False) -> str:
-    """What is measured on a whole set of samples, judged where there is a criterion; also what
-    real images score.
-    """
-    def criterion(name: str, digits: int = 2) -> dict:
-        key, low, high = CRITERIA[name]
-        span = (f"≤ {high:g}" if low == -math.inf else f"≥ {low:g}" if high == math.inf else
-                f"{low:g}–{high:g}")
-
+    """What a whole set of samples scores, judged by the criteria; also what real images score."""
+    def criterion(name: str, digits: int = 2):
         def cell(runs, s):
             found = judged(name, runs, s)
             marks = " " + "✗✓"[found[0]] + "≈" * found[1] if found else ""
-            return show(runs, s, key, digits) + marks
-        return {f"{name} {span}": cell}
+            return show(runs, s, CRITERIA[name][0], digits) + marks
+        return cell
 
     def expected(runs, s):
         c = runs[0]["config"]
@@ -1042,27 +1035,30 @@ def results_table(shown: list, real: bool = False) -> str:
 
     within = lambda runs, s: "–".join(
         f"{np.mean(values(runs, s, f'calibrated_lift_{end}')):.2f}" for end in ["low", "high"])
-    lift, clear, floor = (criterion("calibrated lift"), criterion("clear lift"),
-                          criterion("FID / floor", 1))
+    lift, clear, coverage, floor, copying = (
+        f"{name} " + (f"≤ {high:g}" if low == -math.inf else f"≥ {low:g}" if high == math.inf else
+                      f"{low:g}–{high:g}") for name, (_, low, high) in CRITERIA.items())
     columns = {"rare recall@2000": ("rare_recall_at_2000", 3),
-               "rare lift (arg-max)": ("rare_lift",), "source expected": expected, **lift,
-               "95 % within a run": within, **clear, **criterion("rare coverage / real", 3),
-               "FID": ("fid",), **floor, **criterion("copying"),
+               "rare lift (arg-max)": ("rare_lift",), "source expected": expected,
+               lift: criterion("calibrated lift"), "95 % within a run": within,
+               clear: criterion("clear lift"), coverage: criterion("rare coverage / real", 3),
+               "FID": ("fid",), floor: criterion("FID / floor", 1), copying: criterion("copying"),
                "class TV": ("total_variation", 3)}
     if not real:
         return table_of(shown, columns)
     every = {run["config"]["seed"]: run["metrics"] for *_, runs in shown for run in runs}
-    m, name = next(iter(every.values())), "model, sampler"
+    m = next(iter(every.values()))
     faithful = 2000 * m["n_train_rare"] / m["n_train"] / m["n_test_rare"]
-    halves = [{name: "real test images, half of them", "rare recall@2000":
-               f"{faithful * r['rare_lift']:.3f}", "rare lift (arg-max)": f"{r['rare_lift']:.2f}",
-               **dict.fromkeys(lift, f"{r['calibrated_lift']:.2f}"), "95 % within a run":
+    halves = [{"model, sampler": "real test images, half of them",
+               "rare recall@2000": f"{faithful * r['rare_lift']:.3f}",
+               "rare lift (arg-max)": f"{r['rare_lift']:.2f}",
+               lift: f"{r['calibrated_lift']:.2f}", clear: f"{r['clear_lift']:.2f}",
+               "95 % within a run":
                f"{r['calibrated_lift_low']:.2f}–{r['calibrated_lift_high']:.2f}",
-               **dict.fromkeys(clear, f"{r['clear_lift']:.2f}"),
                "class TV": f"{r['total_variation']:.3f}"} for r in m["real"]]
-    return table_of(shown, columns, [*halves, {
-        name: "real training images (the floor)", "n": len(every), **dict.fromkeys(floor, "1"),
-        "FID": common.mean_std([of["fid_floor"] for of in every.values()], 3)}]) + (
+    floors = common.mean_std([of["fid_floor"] for of in every.values()], 3)
+    return table_of(shown, columns, [*halves, {"model, sampler": "real training images (the floor)",
+                                               "n": len(every), floor: "1", "FID": floors}]) + (
         f"\n\n{value(shown[0][2][0], shown[0][1], 'n'):,} samples per run. {RESULTS_CAPTION} The "
         f"metric classifier's test accuracy is {100 * m['classifier']['accuracy']:.2f} %.")
 
@@ -1116,15 +1112,13 @@ def across(root: Path, cells: dict, axis: str, differ: list) -> tuple[str, list[
             continue
         cell = dict(rest)
         if axis == "rare_digit":
-            draw, xlabel = heat_maps, f"rare {noun(cell)}"
-            name, stem = f"{noun(cell)} {{}}".format, f"{100 * cell['rare_ratio']:g}pct"
-            where = f"{noun(cell)}, at {100 * cell['rare_ratio']:g} %"
+            draw, xlabel, percent = heat_maps, f"rare {noun(cell)}", 100 * cell["rare_ratio"]
+            name = lambda digit: f"{noun(cell)} {digit}"
+            where, stem = f"{noun(cell)}, at {percent:g} %", f"{percent:g}pct"
         else:
             draw, xlabel = ratios_figure, "rare class, % of training images"
-            stem = f"digit{cell['rare_digit']}"
-            name, where = "{:.3g} %".format, f"share, {noun(cell)} {cell['rare_digit']}"
-            several = {m: {100 * v: of for v, of in found.items()}
-                       for m, found in several.items()}
+            name = lambda ratio: f"{100 * ratio:g} %"
+            where, stem = f"share, {noun(cell)} {cell['rare_digit']}", f"digit{cell['rare_digit']}"
         where += "".join(f", {k} {cell[k]}" for k in differ)
         file = f"{axis[5:]}s_{stem}{f'_{len(lines)}' * bool(lines)}.png"
         draw(root / file, several, xlabel)
@@ -1167,20 +1161,21 @@ def downstream_section(root: Path, models: dict[str, list], title: str) -> tuple
     generated = [name for name in arms if name not in baselines]
     if not generated or not baselines:
         return "", []
-    of = lambda name, key: {s: 100 * metrics[key] for s, metrics in arms[name].items()}
-    rows = [[name, len(arms[name]), *[common.mean_std(list(of(name, key).values()))
-                                      for key in DOWNSTREAM]] for name in baselines + generated]
-    key, both = "balanced_accuracy", ["balanced_accuracy", "rare_recall"]
-    found = {(a, b, k): common.paired(*[[of(name, k)[s] for s in seeds] for name in (a, b)])
-             for a, b, k in itertools.product(generated, baselines, both)
-             if (seeds := sorted(set(arms[a]) & set(arms[b])))}
-    differences = [[f"{a}: {DOWNSTREAM[k]}", *[found[a, b, k].cell() if (a, b, k) in found else
-                                               "–" for b in baselines]]
-                   for a, k in itertools.product(generated, both)]
-    signs = {(a, k): [found[a, b, k].sign if (a, b, k) in found else 0 for b in baselines]
-             for a, k in itertools.product(generated, both)}
-    better = [a for a in generated if min(signs[a, key], default=0) > 0]
-    best = max(generated, key=lambda a: np.mean(list(of(a, key).values())))
+    percent = lambda name, key, seeds: [100 * arms[name][s][key] for s in seeds]
+    rows = [[name, len(of), *[common.mean_std(percent(name, key, of)) for key in DOWNSTREAM]]
+            for name in baselines + generated for of in [arms[name]]]
+
+    def against(a: str, b: str, key: str) -> common.Difference | None:
+        seeds = sorted(set(arms[a]) & set(arms[b]))
+        return common.paired(percent(a, key, seeds), percent(b, key, seeds)) if seeds else None
+
+    both = ["balanced_accuracy", "rare_recall"]
+    found = {(a, k): [against(a, b, k) for b in baselines] for a in generated for k in both}
+    differences = [[f"{a}: {DOWNSTREAM[k]}", *[d.cell() if d else "–" for d in of]]
+                   for (a, k), of in found.items()]
+    signs = {which: [d.sign if d else 0 for d in of] for which, of in found.items()}
+    better = [a for a in generated if min(signs[a, both[0]]) > 0]
+    best = max(generated, key=lambda a: np.mean(percent(a, both[0], arms[a])))
     said = [f"in {DOWNSTREAM[k]} " + ", ".join(
         f"{word} {' or '.join(names)}" for sign, word in [
             (1, "better than"), (0, "not to be told from"), (-1, "worse than")]
@@ -1202,7 +1197,7 @@ def downstream_section(root: Path, models: dict[str, list], title: str) -> tuple
 def pictures(root: Path, models: dict[str, list], stem: str) -> list[str]:
     """Over all models, then of every model with its own sampler."""
     shown = [of for of in compared(models) if of[1] != "pullback"] or compared(models)
-    own = [(m, s, runs) for m, s, runs in shown if s == headline(runs)] or shown
+    own = [of for of in shown if of[1] == headline(of[2])] or shown
     heat_maps(root / f"{stem}_ablation.png",
               {m: {s: (runs, s) for _, s, runs in measured({m: models[m]})} for m in models})
     histogram_figure(root / f"{stem}_classes.png", own)
@@ -1270,8 +1265,8 @@ def temperature_table(shown: list) -> str:
     """What decoding at the temperature of validation images changes."""
     of = [(m, s, runs) for m, s, runs in shown if values(runs, s, "temperature_1.fid")]
     columns = {"temperature": lambda runs, s: common.show(runs, "temperature", digits=3)}
-    for key, name in [("fid", "FID"), *[(f"{k}_lift", f"{k} lift") for k in ["calibrated",
-                                                                             "clear"]]]:
+    for name, key in {"FID": "fid", "calibrated lift": "calibrated_lift",
+                      "clear lift": "clear_lift"}.items():
         columns |= {f"{name} at 1": (f"temperature_1.{key}",), name: (key,)}
     return f"## The temperature\n\n{table_of(of, columns)}\n\n{TEMPERATURE_CAPTION}" * bool(of)
 
@@ -1338,15 +1333,13 @@ def heat_maps(path: Path, found: dict[str, dict], xlabel: str = "") -> None:
     common.save_figure(path, figure)
 
 
-def ratios_figure(path: Path, several: dict[str, dict], xlabel: str) -> None:
-    """Mean and standard deviation over seeds for each model against the rare class's share in per
-    cent.
-    """
+def ratios_figure(path: Path, found: dict[str, dict], xlabel: str) -> None:
+    """Mean and deviation over seeds of found: line -> ratio, shown in %, -> (runs, sampler)."""
     figure = Figure(figsize=(14, 3))
-    ticks = sorted({v for found in several.values() for v in found})
+    ticks = sorted({100 * ratio for line in found.values() for ratio in line})
     for axes, (key, name, _) in zip(figure.subplots(1, 4), PANELS, strict=True):
-        for m, found in several.items():
-            of = {v: seeds for v, cell in found.items() if (seeds := values(*cell, key))}
+        for m, line in found.items():
+            of = {100 * v: seeds for v, cell in line.items() if (seeds := values(*cell, key))}
             axes.errorbar(list(of), [np.mean(seeds) for seeds in of.values()],
                           [np.std(seeds, ddof=len(seeds) > 1) for seeds in of.values()],
                           marker="o", ms=4, capsize=3, label=m)
