@@ -499,9 +499,7 @@ class Judge:
         return tuple(float(sure[of].mean()) for of in (y == self.rare, y != self.rare))
 
     def lifts(self, probs: Tensor, confusion: tuple[Tensor, Tensor]) -> dict:
-        """Lifts of the rare class and class histogram of images with probabilities (N, 10), by the
-        classifier's confusion on real images, its probabilities and their labels.
-        """
+        """Lifts and class histogram, by the confusion of real images: probabilities and labels."""
         share = common.class_share(probs, *confusion)
         right, wrong = self.clear_shares(*confusion)
         sure = float((probs[:, self.rare] >= 0.9).double().mean())
@@ -524,9 +522,7 @@ class Judge:
                 "kid": common.kernel_distance(self.rare_reference, f)}
 
     def score(self, x: Tensor) -> tuple[dict, Tensor]:
-        """Every metric of generated images x (N, 1, 28, 28), in their order of generation, and the
-        class probabilities (N, 10).
-        """
+        """Every metric of generated images x (N, 1, 28, 28), in order; their probabilities."""
         f, probs = self.look(x)
         is_rare, real = probs.argmax(1) == self.rare, self.called
         m = min(int(is_rare.sum()), len(real))
@@ -1064,9 +1060,7 @@ def results_table(shown: list, real: bool = False) -> str:
 
 
 def comparisons(models: dict) -> list[tuple[str, dict]]:
-    """Models or samplers against each other, paired by seed over those both have:
-    (what against what, {measure: common.Difference}).
-    """
+    """(what against what, {measure: common.Difference}), paired by seed over those both have."""
     other = {m: {k: v for k, v in runs[0]["config"].items() if k not in ("geometry", "seed")}
              for m, runs in models.items()}
     geometric = [m for m in models if m != "ga-ae λ=0" and other[m] == other.get("ga-ae λ=0")]
@@ -1076,9 +1070,7 @@ def comparisons(models: dict) -> list[tuple[str, dict]]:
              *[((m, "pullback"), (m, "local")) for m in models]]
     found = []
     for a, b in pairs:
-        both = common.same_seeds(*[[r for r in models.get(m, []) if s in r["metrics"]["samplers"]]
-                                   for m, s in (a, b)])
-        of = {}
+        both, of = common.same_seeds(*[models.get(m, []) for m, _ in (a, b)]), {}
         for name, (key, measure, _) in COMPARED.items():
             known = [(measure(u), measure(v)) for one, two in zip(*both, strict=True)
                      if None not in (u := value(one, a[1], key), v := value(two, b[1], key))]
