@@ -498,11 +498,10 @@ def test_differences_are_paired_by_seed_and_the_answer_names_them():
 
 
 @pytest.mark.parametrize(("lift", "n", "said"), [
-    (1.0, 3, "ga-ae keeps the rare class;"), (1.3, 3, "no model keeps the rare class;"),
-    (1.1, 3, "no model keeps the rare class, undecided: ga-ae (misses calibrated lift; within "
-             "noise: calibrated lift);"),
-    (1.07, 3, "undecided: ga-ae (misses none; within noise: calibrated lift);"),
-    (1.0, 1, "with local codes no model keeps the rare class, undecided: ga-ae (n=1).")])
+    (1.0, 3, "it is kept by ga-ae."), (1.3, 3, "it is lost by ga-ae (misses calibrated lift)."),
+    (1.1, 3, "it is undecided for ga-ae (misses calibrated lift within noise)."),
+    (1.07, 3, "it is kept by ga-ae (within noise: calibrated lift)."),
+    (1.0, 1, "With local codes it is undecided for ga-ae (n=1).")])
 def test_the_verdict_follows_the_numbers(lift, n, said):
     models = {"ga-ae": [{"config": {"seed": seed, "model": "ga-ae"}, "metrics": {
         "samplers": {"local": {
