@@ -84,25 +84,23 @@ def grid(args, datasets: list[str]) -> list[dict]:
     if (least := min(args.train_size or 2, args.batch_size)) < 2:
         raise common.UserError(f"--train-size or --batch-size {least}: BatchNorm compares the "
                                "images of a batch; take at least 2")
-    unique = lambda values: list(dict.fromkeys(values))
     runs = []
     for dataset in datasets:
-        for model in unique(args.model):
+        for model in args.model:
             if model == "gan":
-                own = [{"loss": loss, "z_dim": z} for loss in unique(args.loss)
-                       for z in unique(args.z_dim)]
+                own = [{"loss": loss, "z_dim": z} for loss in args.loss for z in args.z_dim]
             elif model == "tuned-gan":
                 own = [{**TUNED, "lr": 5 * args.lr, "epochs": 3 * args.epochs}]
             else:
                 given = args.latent_dim or ([8, 16, 32] if model == "vae" else [8, 16])
-                own = [{"latent_dim": d} for d in unique(given)]
+                own = [{"latent_dim": d} for d in given]
             stages = {"stage_epochs": args.epochs} if model == "vae-gan" else {}
             runs += [{"dataset": dataset, "model": model,
                       "epochs": args.epochs * (3 if stages else 1), **stages,
                       "batch_size": args.batch_size, "lr": args.lr,
                       "train_size": args.train_size or 55_000, **of, "seed": seed}
-                     for of in own for seed in unique(args.seeds)]
-    return runs
+                     for of in own for seed in args.seeds]
+    return [run for i, run in enumerate(runs) if run not in runs[:i]]  # of values given twice
 
 
 def variant(config: dict) -> str:
@@ -490,9 +488,9 @@ class Judge:
     """Real images of a dataset, as every run of it is measured against them."""
 
     def __init__(self, data: common.Data, classifier, samples: int):
+        self.data, self.classifier, self.look = data, classifier, classifier.look
         some = torch.randperm(len(data.x_test), generator=common.generator("test"))[:samples]
-        self.look, self.f_test = classifier.look, classifier.look(data.x_test[some])[0]
-        self.classifier = {"accuracy": classifier.accuracy, "sha256": classifier.sha256}
+        self.f_test = self.look(data.x_test[some])[0]
         order = torch.randperm(len(data.x_train), generator=common.generator("real"))
         x, p = data.x_train[order], data.x_test.double()
         self.scale = {  # what a table needs to be read
@@ -534,24 +532,27 @@ def collapsed(scores: dict, of: str = "") -> list[str]:
             if of + key in scores and scores[of + key] < low]
 
 
-def evaluate(config: dict, args, data, part, system, best: dict, history: list, judge: Judge,
-             f_val: Tensor, folder: Path, device) -> dict:
-    """final_metrics.json and the pictures of a trained system. Test images are used here only."""
-    z = torch.randn(args.samples, system.z_dim, generator=common.generator(config["seed"], "z"))
+def evaluate(config: dict, system, x: Tensor, f_val: Tensor, best: dict, history: list,
+             judge: Judge, samples: int, folder: Path) -> dict:
+    """final_metrics.json and the pictures of a system that was trained on images x. Test images are
+    used here only.
+    """
+    z = torch.randn(samples, system.z_dim, generator=common.generator(config["seed"], "z"))
     start = time.perf_counter()
-    x_gen = draw(system, z, device)
+    x_gen = draw(system, z, x.device)
     seconds = time.perf_counter() - start
-    x_train = data.x_train[part["train"]]
-    some = torch.randperm(len(data.x_test), generator=common.generator("copying"))[:2000]
-    test_distance = common.nearest(data.x_test[some], x_train)[0].mean()
+    x_train, x_test, device = x.cpu(), judge.data.x_test, x.device
+    some = torch.randperm(len(x_test), generator=common.generator("copying"))[:2000]
+    test_distance = common.nearest(x_test[some], x_train)[0].mean()
     metrics = {
-        **judge.score(x_gen), "scale": judge.scale, "n": args.samples,
+        **judge.score(x_gen), "scale": judge.scale, "n": samples,
         "copying": float(common.nearest(x_gen[:2000], x_train)[0].mean() / test_distance),
         "best": best, "last": history[-1],
         "val_fid_floor": common.frechet_distance(judge.look(x_train[:len(f_val)])[0], f_val),
         "parameters": {k: sum(w.numel() for w in m.parameters())
                        for k, m in system.modules.items()},
-        "classifier": judge.classifier, "seconds_to_sample": seconds,
+        "classifier": {k: getattr(judge.classifier, k) for k in ["accuracy", "sha256"]},
+        "seconds_to_sample": seconds,
         "seconds_per_epoch": float(np.median([  # of a hybrid in its last stage
             h["seconds"] for h in history[-config.get("stage_epochs", config["epochs"]):]])),
         "seconds_train": sum(h["seconds"] for h in history),
@@ -560,8 +561,8 @@ def evaluate(config: dict, args, data, part, system, best: dict, history: list, 
     if "E" in system.modules:
         torch.manual_seed(common.seed_from(config["seed"], "test"))
         metrics["elbo"] = dict(zip(["loss", "reconstruction", "kl"],
-                                   elbo_of(system, data.x_test.to(device)), strict=True))
-    figures(config, folder, history, metrics, data, system, device)
+                                   elbo_of(system, x_test.to(device)), strict=True))
+    figures(config, folder, history, metrics, judge.data, system, device)
     common.save_json(folder / "final_metrics.json", metrics)
     return metrics
 
@@ -696,6 +697,7 @@ def report(base: Path) -> str:
     lines.append(common.how_made(groups))
     text = "\n\n".join(lines) + "\n"
     common.save_text(base / "report.md", text)
+    print(f"report: {base / 'report.md'}")
     return text
 
 
@@ -1087,29 +1089,16 @@ def answer_hybrid(groups: dict) -> str:
 # --------------------------------------------------------------------------------------------- main
 
 
-def load(args) -> list[common.Data]:
-    """The datasets asked for; by default both, or glyphs where there is no MNIST."""
-    if args.dataset:
-        return [common.load_data(name, args.data_dir) for name in dict.fromkeys(args.dataset)]
-    first = common.load_data(None, args.data_dir)
-    if first.name != "mnist":
-        return [first]
-    try:
-        return [first, common.load_data("fashion-mnist", args.data_dir)]
-    except common.UserError as error:
-        raise common.UserError(f"{error}; or --dataset mnist alone") from None
-
-
-def finished(folder: Path, args) -> dict:
+def finished(folder: Path, samples: int) -> dict:
     """final_metrics.json of a finished run, whether or not its weights are still here; else empty.
 
     Raises UserError if it is of another number of samples.
     """
     file = folder / "final_metrics.json"
     metrics = common.load_json(file) if file.exists() else {}
-    if metrics and metrics["n"] != args.samples:
-        raise common.UserError(f"{folder} was measured on {metrics['n']} samples, not "
-                               f"{args.samples}; --fresh replaces it, another --out-dir keeps it")
+    if metrics and metrics["n"] != samples:
+        raise common.UserError(f"{folder} was measured on {metrics['n']} samples, not {samples}; "
+                               "--fresh replaces it, another --out-dir keeps it")
     return metrics
 
 
@@ -1118,37 +1107,37 @@ def main(argv=None) -> dict:
     base = Path(args.out_dir) / "gan_vs_vae"
     if args.report_only:
         report(base)
-        print(f"report: {base / 'report.md'}")
         return {}
     device = common.pick_device(args.device)
-    datas = {data.name: data for data in load(args)}
+    datas = [common.load_data(name, args.data_dir) for name in args.dataset or [None]]
+    if not args.dataset and datas[0].name == "mnist":  # else there is neither
+        datas.append(common.load_data("fashion-mnist", args.data_dir))
+    datas = {data.name: data for data in datas}
     runs = grid(args, list(datas))[args.shard]
     parts = [common.split(datas[c["dataset"]], c) for c in runs]
     folders = [base / c["dataset"] / variant(c) / f"seed_{c['seed']}" for c in runs]
     common.open_runs(folders, runs, args)
-    classifier_of = functools.cache(lambda name: common.load_classifier(datas[name], device))
-    judge_of = functools.cache(lambda name: Judge(datas[name], classifier_of(name), args.samples))
+    judge_of = functools.cache(lambda name: Judge(
+        datas[name], common.load_classifier(datas[name], device), args.samples))
     metrics, failed = {}, []
-    done = [finished(folder, args) for folder in folders]
+    done = [finished(folder, args.samples) for folder in folders]
     for config, part, folder, there in zip(runs, parts, folders, done, strict=True):
         name = f"{variant(config)}/seed_{config['seed']}"
         if there:
             metrics[name] = there
             continue
-        data = datas[config["dataset"]]
-        classifier = classifier_of(data.name)
-        x, x_val = (data.x_train[part[k]].to(device) for k in ["train", "val"])
-        f_val = classifier.look(x_val)[0]
+        judge = judge_of(config["dataset"])
+        x, x_val = (judge.data.x_train[part[k]].to(device) for k in ["train", "val"])
+        f_val = judge.look(x_val)[0]
         try:
-            system, best, history = train(config, x, x_val, f_val, classifier, folder, args)
+            system, best, history = train(config, x, x_val, f_val, judge.classifier, folder, args)
         except common.UserError as error:  # one run that diverges must not cost the others
             failed.append(str(error))
             continue
-        metrics[name] = evaluate(config, args, data, part, system, best, history,
-                                 judge_of(data.name), f_val, folder, device)
+        metrics[name] = evaluate(config, system, x, f_val, best, history, judge, args.samples,
+                                 folder)
     if metrics:
         report(base)
-        print(f"report: {base / 'report.md'}")
     if failed:
         raise common.UserError("; ".join(failed))
     return metrics
