@@ -585,15 +585,14 @@ def figures(config: dict, folder: Path, history: list, metrics: dict, data, syst
             x_hat, path = system.G(mu).cpu(), system.G(between(mu.cpu()).to(device)).cpu()
         common.save_grid(folder / "reconstructions.png", torch.cat([x, x_hat]), 10,
                          f"{name}: test images above their reconstructions")
+        ends = "test images"
     else:
-        path = draw(system, between(z), device)
-    common.save_grid(folder / "interpolation.png", path, 10, f"{name}: between two "
-                     + ("test images" if "E" in system.modules else "z"))
-    shown = [[k for k in keys if k in system.names] for keys in [
-        ("loss", "reconstruction"), ("d_loss", "g_loss", "h_loss")]]
+        path, ends = draw(system, between(z), device), "z"
+    common.save_grid(folder / "interpolation.png", path, 10, f"{name}: between two {ends}")
+    shown = [("loss", "reconstruction"), ("d_loss", "g_loss", "h_loss"), ("val_fid",)]
+    shown = [found for keys in shown if (found := [k for k in keys if k in history[0]])]
     figure = Figure(figsize=(11, 3))
-    places = figure.subplots(1, 1 + sum(map(bool, shown)))
-    for axes, keys in zip(places, [*filter(None, shown), ["val_fid"]], strict=True):
+    for axes, keys in zip(figure.subplots(1, len(shown)), shown, strict=True):
         for key in keys:  # a hybrid has no discriminators in stage 1, and no ELBO to lower in 2
             axes.plot([h["epoch"] for h in history], [h[key] or math.nan for h in history], ".-",
                       label=key)
@@ -609,21 +608,12 @@ def figures(config: dict, folder: Path, history: list, metrics: dict, data, syst
 
 def all_runs(base: Path) -> dict[str, list]:
     """Finished runs of every dataset by name; runs that differ in more than the seed apart."""
-    runs = []
-    for dataset in common.DATASETS:
-        for run in common.finished_runs(base / dataset):
-            runs.append(run | {"folder": Path(dataset) / run["folder"]})
-    order = lambda c: (list(common.DATASETS).index(c["dataset"]), list(SYSTEMS).index(c["model"]),
-                       c.get("loss", ""), c.get("z_dim", 0), c.get("latent_dim", 0))
-    return dict(sorted(common.by_configuration(runs, variant, "n").items(),
-                       key=lambda g: order(g[1][0]["config"])))
-
-
-def without_result(base: Path) -> list[str]:
-    """Runs that were begun and have no result: diverged, interrupted, or still going on."""
-    return sorted(f"{folder.parent.name}/{folder.name}" for dataset in common.DATASETS
-                  for folder in (base / dataset).glob("*/seed_*")
-                  if not (folder / "final_metrics.json").exists())
+    order = lambda run: [list(SYSTEMS).index(run["config"]["model"]), *[
+        run["config"].get(k, default) for k, default in [
+            ("loss", ""), ("z_dim", 0), ("latent_dim", 0)]]]
+    runs = [run | {"folder": Path(dataset) / run["folder"]} for dataset in common.DATASETS
+            for run in sorted(common.finished_runs(base / dataset), key=order)]
+    return common.by_configuration(runs, variant, "n")
 
 
 def pick(groups: dict, dataset: str | None, *models: str) -> dict[str, list]:
@@ -662,8 +652,6 @@ def report(base: Path) -> str:
     groups = all_runs(base)
     if not groups:
         raise common.UserError(f"no finished run in {base}; run without --report-only first")
-    gans, vaes = (pick(groups, None, *models) for models in [("gan", "tuned-gan"),
-                                                             ("vae", "vae-gan")])
     datasets = list(dict.fromkeys(runs[0]["config"]["dataset"] for runs in groups.values()))
     of = lambda *models: len(pick(groups, None, *models))
     lines = [f"# GAN against VAE on {' and '.join(common.DATASETS[d] for d in datasets)}",
@@ -677,10 +665,15 @@ def report(base: Path) -> str:
              "seed 100; the tuned GANs' shifts and then their width came after FashionMNIST's test "
              "images had shown more than 15 times the floor. "
              f"A hybrid's networks of codes learn at {CODE_RATE} times the rate given."]
-    if begun := without_result(base):
+    begun = sorted(f"{folder.parent.name}/{folder.name}" for dataset in common.DATASETS
+                   for folder in (base / dataset).glob("*/seed_*")  # or diverged, or going on
+                   if not (folder / "final_metrics.json").exists())
+    if begun:
         lines.append(f"Begun, without a result here: {', '.join(begun)}.")
     lines.append(results_table(groups))
-    for title, part in [("Part 1: GANs", gans), ("Part 2: VAEs and hybrids", vaes)]:
+    for title, *models in [("Part 1: GANs", "gan", "tuned-gan"),
+                           ("Part 2: VAEs and hybrids", "vae", "vae-gan")]:
+        part = pick(groups, None, *models)
         lines += [f"## {title}"] * bool(part)
         for name, runs in part.items():
             lines += run_section(name, runs)
@@ -691,11 +684,10 @@ def report(base: Path) -> str:
               "Intervals are 95 % t-intervals over paired seeds; those of the third and the fourth "
               "answer are not corrected for their number.",
               "### 1. What moves the quality and the stability of a GAN most?",
-              answer_stability(gans), "### 2. Mode collapse?", answer_collapse(groups),
-              "### 3. How does the latent dimension affect a VAE?", answer_latent(vaes),
+              answer_stability(groups), "### 2. Mode collapse?", answer_collapse(groups),
+              "### 3. How does the latent dimension affect a VAE?", answer_latent(groups),
               "### 4. Does the hybrid combine the benefits?", answer_hybrid(groups)]
-    lines.append(common.how_made(groups))
-    text = "\n\n".join(lines) + "\n"
+    text = "\n\n".join([*lines, common.how_made(groups)]) + "\n"
     common.save_text(base / "report.md", text)
     print(f"report: {base / 'report.md'}")
     return text
@@ -705,13 +697,12 @@ def answer(groups: dict, datasets: list) -> str:
     """The first sentences: the best of each kind, chosen by FID on validation images."""
     said = []
     for dataset in datasets:
-        best = {m: found for m in SYSTEMS if (found := best_of(groups, dataset, m))}
+        best = [best_of(groups, dataset, model) or ("", []) for model in SYSTEMS]
+        gan, tuned, vae, hybrid = (runs for _, runs in best)
         said.append(f"- {common.DATASETS[dataset]}: " + "; ".join(
             f"{name} {show(runs, 'fid')} (n={len(runs)}, {runs[0]['config']['epochs']} epochs"
-            f"{called(runs) if runs[0]['config']['model'] != 'vae' else ''})"
-            for name, runs in best.values()) + ".")
-        pairs = pairs_of(*[best.get(m, ("", []))[1] for m in ("gan", "vae")])
-        if pairs:
+            f"{'' if runs is vae else called(runs)})" for name, runs in best if runs) + ".")
+        if pairs := pairs_of(gan, vae):
             logs = over(pairs, "fid")
             said.append(f"    - The untuned GAN's is {ratio(logs)} the VAE's (n={len(pairs)})")
             if dataset in SOURCE:
@@ -720,13 +711,12 @@ def answer(groups: dict, datasets: list) -> str:
                 said[-1] += (f", within the 1/6 aimed at for {often(hits)}; the source claims "
                              f"1/{b / a:.0f}")
             said[-1] += "; the VAE's is lower." if logs.mean > 0 else "."
-        if "tuned-gan" in best and dataset in SOURCE:
-            over_floor = np.divide(*[get(best["tuned-gan"][1], *key)
-                                     for key in [("fid",), ("scale", "real", "fid")]])
+        if tuned and dataset in SOURCE:
+            over_floor = np.divide(get(tuned, "fid"), get(tuned, "scale", "real", "fid"))
             goal = {"mnist": 10, "fashion-mnist": 15}[dataset]
             said.append(f"    - The tuned GAN's is {over_floor.mean():.1f} × the floor, within the "
                         f"{goal} × aimed at for {often(over_floor <= goal)}.")
-        if "vae-gan" in best and (pairs := with_parents(groups, best["vae-gan"][1])):
+        if hybrid and (pairs := with_parents(groups, hybrid)):
             said.append(f"    - The hybrid's is {ratio(over(pairs, 'fid'))} that of its VAE, "
                         f"{variant(pairs[0][1]['config'])}, its reconstruction loss "
                         f"{ratio(over(pairs, 'elbo', 'reconstruction'))} (n={len(pairs)}).")
@@ -740,11 +730,9 @@ def results_table(groups: dict) -> str:
                         for runs in groups.values() for r in runs}
     keys = ["precision", "recall", "density", "coverage", "entropy"]
     for dataset, scale in scales.items():
-        for key in ["real", "pixel_mean"]:
-            s = scale[key]
-            rows.append([f"{common.DATASETS[dataset]}: {key.replace('_', ' ')}", "",
-                         f"{s['fid']:.3f}", *[f"{s[k]:.2f}" for k in keys], s["classes"],
-                         *[""] * 4])
+        for title, s in [("real", scale["real"]), ("pixel mean", scale["pixel_mean"])]:
+            rows.append([f"{common.DATASETS[dataset]}: {title}", "", f"{s['fid']:.3f}",
+                         *[f"{s[k]:.2f}" for k in keys], s["classes"], *[""] * 4])
     for name, runs in groups.items():
         elbo = (f"{show(runs, 'elbo', 'reconstruction')} + {show(runs, 'elbo', 'kl')} = "
                 f"{show(runs, 'elbo', 'loss')}" if "elbo" in runs[0]["metrics"] else "–")
@@ -755,24 +743,21 @@ def results_table(groups: dict) -> str:
     ns = sorted({r["metrics"]["n"] for runs in groups.values() for r in runs})
     entropy = "; ".join(f"{common.DATASETS[d]} {scale['pixel_entropy']:.2f}"
                         for d, scale in scales.items())
-    sets = "; ".join(f"{common.DATASETS[d]}: {s['sets']}, spread {s['fid_std']:.3f}"
-                     for d, scale in scales.items() for s in [scale["real"]])
+    sets = "; ".join(f"{common.DATASETS[d]}: {scale['real']['sets']}, spread "
+                     f"{scale['real']['fid_std']:.3f}" for d, scale in scales.items())
     return common.table(
         ["run", "n", "FID", *keys, "classes", "copying", "reconstruction + KL = −ELBO",
          "best epoch", "s per epoch"], rows) + (
         "\n\n± is the standard deviation over n seeds, 9–10 their range. FID is in the features of "
-        "each dataset's metric classifier, not Inception's, "
-        f"{' or '.join(f'{n:,}' for n in ns)} samples against as many test images; that of real "
-        "training images is the floor, the mean over disjoint sets of as many "
-        f"({sets}). Entropy of the "
-        "class histogram in nats (at most 2.30); a class is present with 1 % of the samples. The "
-        "best epoch is that of the lowest FID of at most as many samples on validation images, of "
-        "a hybrid "
-        f"among fine-tuned ones that lose at most {100 * SLACK - 100:.0f} % in reconstruction (of "
-        "those that lose the least, if all lose more). "
-        "Copying: mean distance to the nearest training image over that of test images. −ELBO of "
-        f"test images in nats; its floor, the mean pixel entropy: {entropy}. Seconds depend on "
-        "what else the machine does.")
+        f"each dataset's metric classifier, not Inception's, {' or '.join(f'{n:,}' for n in ns)} "
+        "samples against as many test images; that of real training images is the floor, the mean "
+        f"over disjoint sets of as many ({sets}). Entropy of the class histogram in nats (at most "
+        "2.30); a class is present with 1 % of the samples. The best epoch is that of the lowest "
+        "FID of at most as many samples on validation images, of a hybrid among fine-tuned ones "
+        f"that lose at most {100 * SLACK - 100:.0f} % in reconstruction (of those that lose the "
+        "least, if all lose more). Copying: mean distance to the nearest training image over that "
+        "of test images. −ELBO of test images in nats; its floor, the mean pixel entropy: "
+        f"{entropy}. Seconds depend on what else the machine does.")
 
 
 def span(values: list, digits: int = 2) -> str:
@@ -798,13 +783,13 @@ def run_section(name: str, runs: list) -> list[str]:
 
 
 def fid_table(groups: dict, datasets: list) -> str:
+    """A row per run, by dataset and FID."""
     rows = []
-    for dataset in datasets:
-        of = pick(groups, dataset)
-        for name in sorted(of, key=lambda name: np.mean(get(of[name], "fid"))):
-            floor = np.mean(get(of[name], "scale", "real", "fid"))
-            rows.append([name, len(of[name]), show(of[name], "fid"), f"{floor:.3f}",
-                         f"{np.mean(get(of[name], 'fid')) / floor:.1f}"])
+    for name, runs in sorted(groups.items(), key=lambda group: (
+            datasets.index(group[1][0]["config"]["dataset"]), np.mean(get(group[1], "fid")))):
+        floor = np.mean(get(runs, "scale", "real", "fid"))
+        rows.append([name, len(runs), show(runs, "fid"), f"{floor:.3f}",
+                     f"{np.mean(get(runs, 'fid')) / floor:.1f}"])
     return common.table(["run", "n", "FID", "floor", "FID / floor"], rows)
 
 
@@ -874,13 +859,13 @@ def plots(base: Path, groups: dict, datasets: list) -> list[str]:
     return made
 
 
-def effects(gans: dict, measure) -> dict[tuple[str, str], tuple[common.Difference, list]]:
+def effects(groups: dict, measure) -> dict[tuple[str, str], tuple[common.Difference, list]]:
     """The effect on log `measure` of each change of one setting, {(setting, "b against a")}: that
     of the mean over the cells of the grid that are otherwise the same, paired by the seeds that all
     of them have, and of each cell. The intervals are 95 % for all changes together (Bonferroni).
     """
     cells: dict[tuple, dict] = {}
-    for runs in pick(gans, None, "gan").values():
+    for runs in pick(groups, None, "gan").values():
         for r in runs:
             c = r["config"]
             cell = cells.setdefault((*[c[k] for k in FACTORS], rest(r, *FACTORS)), {})
@@ -900,7 +885,7 @@ def effects(gans: dict, measure) -> dict[tuple[str, str], tuple[common.Differenc
             for key, d in differences.items()}  # d: (cells, seeds)
 
 
-def answer_stability(gans: dict) -> str:
+def answer_stability(groups: dict) -> str:
     """Effect sizes on FID and on what is comparable between losses, never raw losses."""
     def changes(run: dict, key: str) -> float:
         """Spread of the change from epoch to epoch, of the log: a steady trend is no spread."""
@@ -916,7 +901,7 @@ def answer_stability(gans: dict) -> str:
             np.mean([wrong(h) for h in r["history"][len(r["history"]) // 2:]]), 0.02)}
     rows, said, most = [], [], 0
     for what, measure in measures.items():
-        found = effects(gans, measure)
+        found = effects(groups, measure)
         for (factor, pair), (e, cells) in found.items():
             rows.append([what, f"{factor}: {pair}", ratio(e), span(np.exp(cells)), len(cells), e.n])
             most = max(most, e.n)
@@ -981,11 +966,11 @@ def answer_collapse(groups: dict) -> str:
                if vaes else ""))
 
 
-def answer_latent(vaes: dict) -> str:
+def answer_latent(groups: dict) -> str:
     """Reconstruction and FID by latent dimension; whether the one follows the other."""
     rows, told = [], {"follows": [], "does not follow": [], "cannot be told to follow": []}
     alike: dict[tuple, list] = {}
-    for runs in pick(vaes, None, "vae").values():
+    for runs in pick(groups, None, "vae").values():
         alike.setdefault((runs[0]["config"]["dataset"], rest(runs[0], "latent_dim")),
                          []).append(runs)
     for (dataset, _), runs_of in alike.items():
