@@ -706,10 +706,10 @@ def answer(groups: dict, datasets: list) -> str:
             logs = over(pairs, "fid")
             said.append(f"    - The untuned GAN's is {ratio(logs)} the VAE's (n={len(pairs)})")
             if dataset in SOURCE:
-                a, b = SOURCE[dataset]
-                hits = [over([pair], "fid").mean <= math.log(1 / 6) for pair in pairs]
+                hits = [a["metrics"]["fid"] <= b["metrics"]["fid"] / 6 for a, b in pairs]
+                of_gan, of_vae = SOURCE[dataset]
                 said[-1] += (f", within the 1/6 aimed at for {often(hits)}; the source claims "
-                             f"1/{b / a:.0f}")
+                             f"1/{of_vae / of_gan:.0f}")
             said[-1] += "; the VAE's is lower." if logs.mean > 0 else "."
         if tuned and dataset in SOURCE:
             over_floor = np.divide(get(tuned, "fid"), get(tuned, "scale", "real", "fid"))
@@ -794,22 +794,20 @@ def fid_table(groups: dict, datasets: list) -> str:
 
 
 def plots(base: Path, groups: dict, datasets: list) -> list[str]:
-    """gan_loss_comparison, gan_fid_comparison, vae_loss_comparison, vae_fid_comparison,
-    fid_gan_vs_vae and precision_recall, as PNG; their lines of the report.
-    """
+    """Make the plots over all runs (PNG); their lines of the report."""
     made = []
 
-    def panels(name: str, models: list[str], draw_one, parts: list) -> None:
+    def panels(name: str, models: list[str], draw_one, parts=("",)) -> None:
         """A row for each dataset, a column for each of `parts`."""
-        there = [d for d in datasets if pick(groups, d, *models)]
+        there = {d: of for d in datasets if (of := pick(groups, d, *models))}
         if not there:
             return
         figure = Figure(figsize=(4.5 * len(parts) + 1.5, 4 * len(there)))
         rows = figure.subplots(len(there), len(parts), squeeze=False)
-        for row, dataset in zip(rows, there, strict=True):
+        for row, (dataset, of) in zip(rows, there.items(), strict=True):
             for axes, part in zip(row, parts, strict=True):
                 axes.set_title(f"{common.DATASETS[dataset]}{f': {part}' if part else ''}")
-                draw_one(axes, part, pick(groups, dataset, *models))
+                draw_one(axes, part, of)
             if axes.get_legend_handles_labels()[0]:  # beside the last one, where it hides nothing
                 axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1), handlelength=4)
         figure.tight_layout()
@@ -817,23 +815,21 @@ def plots(base: Path, groups: dict, datasets: list) -> list[str]:
         made.append(f"![{name}]({name}.png)")
 
     short = lambda name: name.split("_", 1)[1].replace("latent", "").replace("_", " ")
-    colors = {"gan": "C0", "tuned-gan": "C3", "vae": "C1", "vae-gan": "C2"}
+    color = lambda runs: {"gan": "C0", "tuned-gan": "C3", "vae": "C1", "vae-gan": "C2"}[
+        runs[0]["config"]["model"]]
 
     def losses(axes, key, of):
-        sizes = sorted({c.get("z_dim") or c["latent_dim"] for runs in of.values()
-                        for c in [runs[0]["config"]]})
+        size = lambda runs: runs[0]["config"].get("z_dim") or runs[0]["config"]["latent_dim"]
+        sizes = sorted(set(map(size, of.values())))
         for name, runs in of.items():
-            c = runs[0]["config"]
             mean = np.mean([[h[key] for h in r["history"]] for r in runs], 0)
-            axes.plot(range(1, len(mean) + 1), mean, "o--" if c.get("loss") == "bce" else "o-",
-                      ms=3, color=f"C{sizes.index(c.get('z_dim') or c['latent_dim'])}",
-                      label=short(name))
+            axes.plot(range(1, len(mean) + 1), mean, "o--" if "_bce_" in name else "o-", ms=3,
+                      color=f"C{sizes.index(size(runs))}", label=short(name))
         axes.set(xlabel="epoch", ylabel="mean over seeds")
 
     def fids(axes, _, of):
         for i, runs in enumerate(of.values()):
-            axes.plot([i] * len(runs), get(runs, "fid"), "o",
-                      color=colors[runs[0]["config"]["model"]])
+            axes.plot([i] * len(runs), get(runs, "fid"), "o", color=color(runs))
         floor = np.mean([v for runs in of.values() for v in get(runs, "scale", "real", "fid")])
         axes.axhline(floor, color="k", ls=":")
         axes.text(0.01, 1.05 * floor, "floor (real images)", fontsize=8,
@@ -844,18 +840,17 @@ def plots(base: Path, groups: dict, datasets: list) -> list[str]:
     def scatter(axes, _, of):
         for i, (name, runs) in enumerate(of.items()):
             axes.plot(get(runs, "recall"), get(runs, "precision"), "osD^v<>PX*+x"[i % 12],
-                      color=colors[runs[0]["config"]["model"]], ms=5, mfc="none",
-                      label=short(name))
+                      color=color(runs), ms=5, mfc="none", label=short(name))
         real = next(iter(of.values()))[0]["metrics"]["scale"]["real"]
         axes.plot(real["recall"], real["precision"], "kP", label="real images")
         axes.set(xlabel="recall", ylabel="precision", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
 
     panels("gan_loss_comparison", ["gan"], losses, ["d_loss", "g_loss"])
-    panels("gan_fid_comparison", ["gan", "tuned-gan"], fids, [""])
+    panels("gan_fid_comparison", ["gan", "tuned-gan"], fids)
     panels("vae_loss_comparison", ["vae"], losses, ["loss", "reconstruction", "kl"])
-    panels("vae_fid_comparison", ["vae"], fids, [""])
-    panels("fid_gan_vs_vae", list(SYSTEMS), fids, [""])
-    panels("precision_recall", list(SYSTEMS), scatter, [""])
+    panels("vae_fid_comparison", ["vae"], fids)
+    panels("fid_gan_vs_vae", list(SYSTEMS), fids)
+    panels("precision_recall", list(SYSTEMS), scatter)
     return made
 
 
@@ -872,8 +867,7 @@ def effects(groups: dict, measure) -> dict[tuple[str, str], tuple[common.Differe
             cell[c["seed"]] = math.log(measure(r))
     differences = {}
     for i, factor in enumerate(FACTORS):
-        values = list(dict.fromkeys(cell[i] for cell in cells))
-        for a, b in itertools.combinations(values, 2):
+        for a, b in itertools.combinations(dict.fromkeys(cell[i] for cell in cells), 2):
             twins = [(cells[cell], cells[other]) for cell in cells if cell[i] == a
                      and (other := (*cell[:i], b, *cell[i + 1:])) in cells]
             seeds = set.intersection(*[set(cell) for twin in twins for cell in twin] or [set()])
@@ -899,12 +893,11 @@ def answer_stability(groups: dict) -> str:
         "spread of G's gradient norm over epochs": lambda r: changes(r, "g_gradient"),
         "D's errors on real and fake": lambda r: max(  # two in a hundred or fewer: D has won
             np.mean([wrong(h) for h in r["history"][len(r["history"]) // 2:]]), 0.02)}
-    rows, said, most = [], [], 0
+    rows, said = [], []
     for what, measure in measures.items():
         found = effects(groups, measure)
-        for (factor, pair), (e, cells) in found.items():
-            rows.append([what, f"{factor}: {pair}", ratio(e), span(np.exp(cells)), len(cells), e.n])
-            most = max(most, e.n)
+        rows += [[what, f"{factor}: {pair}", ratio(e), span(np.exp(cells)), len(cells), e.n]
+                 for (factor, pair), (e, cells) in found.items()]
         # a dataset has a classifier and a scale of its own, and is no setting
         found = {key: e for key, (e, _) in found.items() if key[0] != "dataset"}
         told = {key: e for key, e in found.items() if e.sign}
@@ -914,46 +907,46 @@ def answer_stability(groups: dict) -> str:
         (factor, pair), top = max(told.items(), key=lambda kv: abs(kv[1].mean))
         rivals = sorted({k[0] for k, e in found.items()
                          if k[0] != factor and abs(e.mean) + e.half > abs(top.mean) - top.half})
-        much = f"({pair}: × {math.exp(top.mean):.2f})"
-        said.append(f"{what}: {factor} moves it " + (
-            f"{much}, the only one compared" if len({k[0] for k in found}) == 1 else
-            f"{much}, whether more than {' and '.join(rivals)} cannot be told" if rivals else
-            f"most {much}"))
+        doubt = (", the only one compared" if len({k[0] for k in found}) == 1 else
+                 f", whether more than {' and '.join(rivals)} cannot be told" if rivals else "")
+        said.append(f"{what}: {factor} moves it {'' if doubt else 'most '}"
+                    f"({pair}: × {math.exp(top.mean):.2f}){doubt}")
     if not rows:
         return "It cannot be told: no two GANs of one seed differ in one setting alone."
-    return ("One seed tells nothing. " if most == 1 else "") + "; ".join(
-        said) + ".\n\n" + common.table(
+    return ("One seed tells nothing. " * all(row[-1] == 1 for row in rows) + "; ".join(said)
+            + ".\n\n" + common.table(
         ["measure", "change", "ratio", "range over cells", "cells", "seeds"], rows) + (
         "\n\nRatios between GANs of the same seed that differ in that setting alone, over the "
         "cells of the grid, for the seeds that all of them have. The intervals are of the cells' "
         "mean over seeds, and those of a measure hold together with 95 % (Bonferroni); bold where "
-        "they exclude 1. A change of dataset is one of classifier and "
-        "scale too. Spread: standard deviation of the change of the logarithm from epoch to epoch, "
-        "second half of the training. D's errors: the share of real images and the share of "
-        "generated ones that it "
+        "they exclude 1. A change of dataset is one of classifier and scale too. Spread: standard "
+        "deviation of the change of the logarithm from epoch to epoch, second half of the "
+        "training. D's errors: the share of real images and the share of generated ones that it "
         "gets wrong, added; near 0 it has won, and values below 0.02 count as 0.02. FID is over "
-        "each dataset's floor, because each has its own classifier.")
+        "each dataset's floor, because each has its own classifier."))
 
 
 def answer_collapse(groups: dict) -> str:
     """Of the systems that have an adversary."""
-    runs_of = pick(groups, None, "gan", "tuned-gan", "vae-gan")
-    if not runs_of:
+    each = lambda *models: [(name, run) for name, runs in pick(groups, None, *models).items()
+                            for run in runs]
+    adversarial, vaes = each("gan", "tuned-gan", "vae-gan"), each("vae")
+    if not adversarial:
         return "It cannot be told: no run has an adversary."
-    limits = ", ".join(f"{key} < {low:g}" for key, low in COLLAPSE.items())
-    found = [f"{name} (seed {r['config']['seed']}: {', '.join(collapsed(r['metrics']))})"
-             for name, runs in runs_of.items() for r in runs if collapsed(r["metrics"])]
-    late = [f"{name} (seed {r['config']['seed']}: {', '.join(why)})"
-            for name, runs in runs_of.items() for r in runs
-            if (why := collapsed(r["metrics"]["last"], "val_")) and not collapsed(r["metrics"])]
-    n = sum(map(len, runs_of.values()))
-    missing = sum(r["metrics"]["classes"] < COLLAPSE["classes"] for runs in runs_of.values()
-                  for r in runs)
-    vaes = [r for runs in pick(groups, None, "vae").values() for r in runs]
+    found, late = [], []  # at the best epoch; at the last one alone
+    for name, run in adversarial:
+        metrics = run["metrics"]
+        of_best, of_last = collapsed(metrics), collapsed(metrics["last"], "val_")
+        if of_best or of_last:
+            (found if of_best else late).append(
+                f"{name} (seed {run['config']['seed']}: {', '.join(of_best or of_last)})")
+    n = len(adversarial)
+    missing = sum(run["metrics"]["classes"] < COLLAPSE["classes"] for _, run in adversarial)
     recalls: dict[str, list] = {}
-    for r in vaes:
-        recalls.setdefault(common.DATASETS[r["config"]["dataset"]], []).append(
-            r["metrics"]["recall"])
+    for _, run in vaes:
+        recalls.setdefault(common.DATASETS[run["config"]["dataset"]], []).append(
+            run["metrics"]["recall"])
+    limits = ", ".join(f"{key} < {low:g}" for key, low in COLLAPSE.items())
     return (f"Called collapse, by thresholds fixed before the runs: any of {limits}. "
             + (f"{len(found)} of {n} runs with an adversary at its best epoch: {'; '.join(found)}. "
                f"Classes are missing in {missing} of them." if found else
@@ -961,33 +954,31 @@ def answer_collapse(groups: dict) -> str:
             + (f" By the last epoch's samples besides: {'; '.join(late)}." if late else
                " None besides by the samples of its last epoch (entropy and classes).")
             + (" For comparison, the same thresholds are missed by "
-               f"{sum(bool(collapsed(r['metrics'])) for r in vaes)} of {len(vaes)} runs of VAEs; "
-               "their recall: " + ", ".join(f"{d} {span(of)}" for d, of in recalls.items()) + "."
+               f"{sum(bool(collapsed(run['metrics'])) for _, run in vaes)} of {len(vaes)} runs of "
+               f"VAEs; their recall: {', '.join(f'{d} {span(of)}' for d, of in recalls.items())}."
                if vaes else ""))
 
 
 def answer_latent(groups: dict) -> str:
     """Reconstruction and FID by latent dimension; whether the one follows the other."""
     rows, told = [], {"follows": [], "does not follow": [], "cannot be told to follow": []}
-    alike: dict[tuple, list] = {}
-    for runs in pick(groups, None, "vae").values():
-        alike.setdefault((runs[0]["config"]["dataset"], rest(runs[0], "latent_dim")),
-                         []).append(runs)
-    for (dataset, _), runs_of in alike.items():
-        runs_of.sort(key=lambda runs: runs[0]["config"]["latent_dim"])
-        for before, runs in itertools.pairwise([None, *runs_of] if len(runs_of) > 1 else []):
-            dim, keys = runs[0]["config"]["latent_dim"], [("elbo", "reconstruction"), ("fid",)]
-            both = common.same_seeds(runs, before or [])
+    keys, alike = [("elbo", "reconstruction"), ("fid",)], {}
+    for runs in pick(groups, None, "vae").values():  # by latent dimension
+        alike.setdefault(rest(runs[0], "latent_dim"), []).append(runs)
+    for runs_of in alike.values():
+        for before, runs in itertools.pairwise([[], *runs_of] if len(runs_of) > 1 else []):
+            c, both = runs[0]["config"], common.same_seeds(runs, before)
+            name = common.DATASETS[c["dataset"]]
             steps = [common.paired(*(get(of, *key) for of in both)) if both[0] else None
                      for key in keys]
             if before:
                 r, f = (step.sign if step else 0 for step in steps)
                 told["cannot be told to follow" if 0 in (r, f) else "follows" if r == f else
-                     "does not follow"].append(f"{common.DATASETS[dataset]} "
-                                               f"{before[0]['config']['latent_dim']} to {dim}")
-            rows.append([f"{common.DATASETS[dataset]}, {dim}", len(runs),
-                         *[cell for key, step in zip(keys, steps, strict=True) for cell in (
-                             show(runs, *key), step.cell() if step else "–" if before else "")]])
+                     "does not follow"].append(
+                         f"{name} {before[0]['config']['latent_dim']} to {c['latent_dim']}")
+            rows.append([f"{name}, {c['latent_dim']}", len(runs),
+                         *[cell for key, step in zip(keys, steps, strict=True)
+                           for cell in (show(runs, *key), step.cell() if step else "")]])
     if not rows:
         return "It cannot be told: no two VAEs of a dataset differ in it."
     return ("From one dimension to the next, FID " + "; ".join(
@@ -1001,10 +992,10 @@ def answer_latent(groups: dict) -> str:
 def with_parents(groups: dict, runs: list) -> list[tuple[dict, dict]]:
     """(hybrid, the VAE of the same settings and seed), where there is one."""
     c = runs[0]["config"]
-    return pairs_of(runs, [r for rs in pick(groups, c["dataset"], "vae").values() for r in rs
-                           if r["config"]["epochs"] == c["stage_epochs"] and all(
-                               v == c[k] for k, v in r["config"].items()
-                               if k not in ("model", "epochs", "seed"))])
+    vae = {k: v for k, v in c.items() if k != "stage_epochs"} | {
+        "model": "vae", "epochs": c["stage_epochs"]}
+    return pairs_of(runs, [r for rs in groups.values() for r in rs
+                           if r["config"] == vae | {"seed": r["config"]["seed"]}])
 
 
 def pairs_of(a: list, b: list) -> list[tuple[dict, dict]]:
@@ -1029,27 +1020,28 @@ def ratio(logs: common.Difference) -> str:
 
 def answer_hybrid(groups: dict) -> str:
     """Every hybrid beside the VAE it began as and the best GANs."""
-    said, rows, fid, reconstruction = [], [], ("fid",), ("elbo", "reconstruction")
+    said, rows, metrics = [], [], lambda pair: [run["metrics"] for run in pair]
     for name, runs in pick(groups, None, "vae-gan").items():
         c = runs[0]["config"]
-        ends = range(c["stage_epochs"], c["epochs"] + 1, c["stage_epochs"])
         row = [f"{name}, {c['epochs']} epochs", len(runs), " / ".join(common.mean_std([
-            r["history"][e - 1]["val_fid"] for r in runs]) for e in ends), show(runs, *fid)]
+            r["history"][stage * c["stage_epochs"] - 1]["val_fid"] for r in runs])
+            for stage in (1, 2, 3)), show(runs, "fid")]
         if pairs := with_parents(groups, runs):
-            change = over(pairs, *fid)
-            half, kept = ([over([pair], *keys).mean <= math.log(most) for pair in pairs]
-                          for keys, most in [(fid, 0.5), (reconstruction, 1.1)])
+            change, loss = over(pairs, "fid"), over(pairs, "elbo", "reconstruction")
+            half = [a["fid"] <= 0.5 * b["fid"] for a, b in map(metrics, pairs)]
+            kept = [a["elbo"]["reconstruction"] <= 1.1 * b["elbo"]["reconstruction"]
+                    for a, b in map(metrics, pairs)]
             verdict = {(True, True): "both as hoped", (True, False): "better samples, paid for",
                        (False, True): "it still reconstructs, but " + {
                            1: "its samples are worse", -1: "gains too little",
                            0: "whether its samples are better cannot be told"}[change.sign],
                        (False, False): "neither"}
-            agreed = len(set(half)) == len(set(kept)) == 1
+            outcomes = set(zip(half, kept, strict=True))
             said.append(f"{name}: " + "at one seed " * (len(pairs) == 1)
-                        + (verdict[half[0], kept[0]] if agreed else "the seeds disagree")
+                        + (verdict[outcomes.pop()] if len(outcomes) == 1 else "the seeds disagree")
                         + called(runs))
             row += [f"{ratio(change)}; at most half for {often(half)}",
-                    f"{ratio(over(pairs, *reconstruction))}; within 10 % for {often(kept)}",
+                    f"{ratio(loss)}; within 10 % for {often(kept)}",
                     " against ".join(show(list(of), "recall") for of in zip(*pairs, strict=True))]
         else:
             said.append(f"{name}: no VAE to compare it with{called(runs)}")
@@ -1057,7 +1049,7 @@ def answer_hybrid(groups: dict) -> str:
         for model in ["gan", "tuned-gan"]:
             gan, of = best_of(groups, c["dataset"], model) or ("", [])
             both = pairs_of(runs, of)
-            row.append(f"{ratio(over(both, *fid))} {gan}, {of[0]['config']['epochs']} epochs"
+            row.append(f"{ratio(over(both, 'fid'))} {gan}, {of[0]['config']['epochs']} epochs"
                        if both else "–")
         rows.append(row)
     if not said:
@@ -1072,19 +1064,6 @@ def answer_hybrid(groups: dict) -> str:
 
 
 # --------------------------------------------------------------------------------------------- main
-
-
-def finished(folder: Path, samples: int) -> dict:
-    """final_metrics.json of a finished run, whether or not its weights are still here; else empty.
-
-    Raises UserError if it is of another number of samples.
-    """
-    file = folder / "final_metrics.json"
-    metrics = common.load_json(file) if file.exists() else {}
-    if metrics and metrics["n"] != samples:
-        raise common.UserError(f"{folder} was measured on {metrics['n']} samples, not {samples}; "
-                               "--fresh replaces it, another --out-dir keeps it")
-    return metrics
 
 
 def main(argv=None) -> dict:
@@ -1105,11 +1084,17 @@ def main(argv=None) -> dict:
     judge_of = functools.cache(lambda name: Judge(
         datas[name], common.load_classifier(datas[name], device), args.samples))
     metrics, failed = {}, []
-    done = [finished(folder, args.samples) for folder in folders]
-    for config, part, folder, there in zip(runs, parts, folders, done, strict=True):
+    done = {file.parent: common.load_json(file) for folder in folders
+            if (file := folder / "final_metrics.json").exists()}  # whether or not weights are here
+    for folder, there in done.items():
+        if there["n"] != args.samples:
+            raise common.UserError(
+                f"{folder} was measured on {there['n']} samples, not {args.samples}; --fresh "
+                "replaces it, another --out-dir keeps it")
+    for config, part, folder in zip(runs, parts, folders, strict=True):
         name = f"{variant(config)}/seed_{config['seed']}"
-        if there:
-            metrics[name] = there
+        if folder in done:
+            metrics[name] = done[folder]
             continue
         judge = judge_of(config["dataset"])
         x, x_val = (judge.data.x_train[part[k]].to(device) for k in ["train", "val"])
