@@ -507,9 +507,7 @@ class Judge:
 
 
 def class_histogram(probs: Tensor) -> dict:
-    """Shares of the ten classes by arg-max, their entropy in nats, the number of classes with at
-    least 1 %, a tenth of an even share.
-    """
+    """Shares of the ten classes by arg-max, their entropy in nats, how many have 1 % or more."""
     share = np.bincount(probs.argmax(1), minlength=10) / len(probs)
     nonzero = share[share > 0]
     return {"entropy": abs(float((nonzero * np.log(nonzero)).sum())),
@@ -525,23 +523,19 @@ def floor(f_train: Tensor, f: Tensor) -> dict:
 
 
 def collapsed(scores: dict, of: str = "") -> list[str]:
-    """Which of the thresholds a run fails; empty for a run that has not collapsed. of="val_" judges
-    an epoch's row of the history, which has no recall.
-    """
+    """The thresholds that a run fails, or of="val_" an epoch's row of the history (no recall)."""
     return [f"{key} {scores[of + key]:.4g} < {low:g}" for key, low in COLLAPSE.items()
             if of + key in scores and scores[of + key] < low]
 
 
 def evaluate(config: dict, system, x: Tensor, f_val: Tensor, best: dict, history: list,
              judge: Judge, samples: int, folder: Path) -> dict:
-    """final_metrics.json and the pictures of a system that was trained on images x. Test images are
-    used here only.
-    """
+    """final_metrics.json and pictures of a system trained on x; its first use of test images."""
+    device, x_train, x_test = x.device, x.cpu(), judge.data.x_test
     z = torch.randn(samples, system.z_dim, generator=common.generator(config["seed"], "z"))
     start = time.perf_counter()
-    x_gen = draw(system, z, x.device)
+    x_gen = draw(system, z, device)
     seconds = time.perf_counter() - start
-    x_train, x_test, device = x.cpu(), judge.data.x_test, x.device
     some = torch.randperm(len(x_test), generator=common.generator("copying"))[:2000]
     test_distance = common.nearest(x_test[some], x_train)[0].mean()
     metrics = {
@@ -562,7 +556,7 @@ def evaluate(config: dict, system, x: Tensor, f_val: Tensor, best: dict, history
         torch.manual_seed(common.seed_from(config["seed"], "test"))
         metrics["elbo"] = dict(zip(["loss", "reconstruction", "kl"],
                                    elbo_of(system, x_test.to(device)), strict=True))
-    figures(config, folder, history, metrics, judge.data, system, device)
+    figures(config, system, judge.data, history, metrics, folder, device)
     common.save_json(folder / "final_metrics.json", metrics)
     return metrics
 
@@ -570,11 +564,10 @@ def evaluate(config: dict, system, x: Tensor, f_val: Tensor, best: dict, history
 # ------------------------------------------------------------------------------- Figures and report
 
 
-def figures(config: dict, folder: Path, history: list, metrics: dict, data, system,
-            device) -> None:
+def figures(config: dict, system, data, history: list, metrics: dict, folder: Path, device):
     """samples.png, interpolation.png, losses.png; with an encoder reconstructions.png."""
-    name, g = variant(config), common.generator("figures")
-    z = torch.randn(64, system.z_dim, generator=g)
+    name = variant(config)
+    z = torch.randn(64, system.z_dim, generator=common.generator("figures"))
     common.save_grid(folder / "samples.png", draw(system, z, device), 8, f"{name}: samples")
     x = torch.cat([data.x_test[data.y_test == digit][:1] for digit in range(10)])
     t = torch.linspace(0, 1, 10)[:, None]
@@ -608,12 +601,16 @@ def figures(config: dict, folder: Path, history: list, metrics: dict, data, syst
 
 def all_runs(base: Path) -> dict[str, list]:
     """Finished runs of every dataset by name; runs that differ in more than the seed apart."""
-    order = lambda run: [list(SYSTEMS).index(run["config"]["model"]), *[
-        run["config"].get(k, default) for k, default in [
-            ("loss", ""), ("z_dim", 0), ("latent_dim", 0)]]]
+    order = lambda run: (list(SYSTEMS).index(run["config"]["model"]),
+                         run["config"].get("loss", ""), size(run))
     runs = [run | {"folder": Path(dataset) / run["folder"]} for dataset in common.DATASETS
             for run in sorted(common.finished_runs(base / dataset), key=order)]
     return common.by_configuration(runs, variant, "n")
+
+
+def size(run: dict) -> int:
+    """Dimensions of z."""
+    return run["config"].get("z_dim") or run["config"]["latent_dim"]
 
 
 def pick(groups: dict, dataset: str | None, *models: str) -> dict[str, list]:
@@ -623,9 +620,7 @@ def pick(groups: dict, dataset: str | None, *models: str) -> dict[str, list]:
 
 
 def best_of(groups: dict, dataset: str, model: str) -> tuple[str, list] | None:
-    """The name and runs with the lowest mean FID on validation images, among those with the most
-    seeds.
-    """
+    """Name and runs of the lowest mean validation FID, among those with the most seeds."""
     return min(pick(groups, dataset, model).items(), default=None,
                key=lambda g: (-len(g[1]), np.mean(get(g[1], "best", "val_fid"))))
 
@@ -678,16 +673,17 @@ def report(base: Path) -> str:
         for name, runs in part.items():
             lines += run_section(name, runs)
     lines += ["## Gallery of generated images", *[
-        f"![{name}]({runs[0]['folder'].as_posix()}/samples.png)" for name, runs in groups.items()]]
-    lines += ["## Analysis plots", *plots(base, groups, datasets)]
-    lines += ["## FID", fid_table(groups, datasets), "## The four questions",
+        f"![{name}]({runs[0]['folder'].as_posix()}/samples.png)" for name, runs in groups.items()],
+              "## Analysis plots", *plots(base, groups, datasets),
+              "## FID", fid_table(groups, datasets), "## The four questions",
               "Intervals are 95 % t-intervals over paired seeds; those of the third and the fourth "
               "answer are not corrected for their number.",
               "### 1. What moves the quality and the stability of a GAN most?",
               answer_stability(groups), "### 2. Mode collapse?", answer_collapse(groups),
               "### 3. How does the latent dimension affect a VAE?", answer_latent(groups),
-              "### 4. Does the hybrid combine the benefits?", answer_hybrid(groups)]
-    text = "\n\n".join([*lines, common.how_made(groups)]) + "\n"
+              "### 4. Does the hybrid combine the benefits?", answer_hybrid(groups),
+              common.how_made(groups)]
+    text = "\n\n".join(lines) + "\n"
     common.save_text(base / "report.md", text)
     print(f"report: {base / 'report.md'}")
     return text
@@ -730,7 +726,7 @@ def results_table(groups: dict) -> str:
                         for runs in groups.values() for r in runs}
     keys = ["precision", "recall", "density", "coverage", "entropy"]
     for dataset, scale in scales.items():
-        for title, s in [("real", scale["real"]), ("pixel mean", scale["pixel_mean"])]:
+        for title, s in ("real", scale["real"]), ("pixel mean", scale["pixel_mean"]):
             rows.append([f"{common.DATASETS[dataset]}: {title}", "", f"{s['fid']:.3f}",
                          *[f"{s[k]:.2f}" for k in keys], s["classes"], *[""] * 4])
     for name, runs in groups.items():
@@ -819,12 +815,11 @@ def plots(base: Path, groups: dict, datasets: list) -> list[str]:
         runs[0]["config"]["model"]]
 
     def losses(axes, key, of):
-        size = lambda runs: runs[0]["config"].get("z_dim") or runs[0]["config"]["latent_dim"]
-        sizes = sorted(set(map(size, of.values())))
+        sizes = sorted({size(runs[0]) for runs in of.values()})
         for name, runs in of.items():
             mean = np.mean([[h[key] for h in r["history"]] for r in runs], 0)
             axes.plot(range(1, len(mean) + 1), mean, "o--" if "_bce_" in name else "o-", ms=3,
-                      color=f"C{sizes.index(size(runs))}", label=short(name))
+                      color=f"C{sizes.index(size(runs[0]))}", label=short(name))
         axes.set(xlabel="epoch", ylabel="mean over seeds")
 
     def fids(axes, _, of):
@@ -859,12 +854,9 @@ def effects(groups: dict, measure) -> dict[tuple[str, str], tuple[common.Differe
     of the mean over the cells of the grid that are otherwise the same, paired by the seeds that all
     of them have, and of each cell. The intervals are 95 % for all changes together (Bonferroni).
     """
-    cells: dict[tuple, dict] = {}
-    for runs in pick(groups, None, "gan").values():
-        for r in runs:
-            c = r["config"]
-            cell = cells.setdefault((*[c[k] for k in FACTORS], rest(r, *FACTORS)), {})
-            cell[c["seed"]] = math.log(measure(r))
+    cells = {(*[runs[0]["config"][k] for k in FACTORS], rest(runs[0], *FACTORS)):
+             {r["config"]["seed"]: math.log(measure(r)) for r in runs}
+             for runs in pick(groups, None, "gan").values()}
     differences = {}
     for i, factor in enumerate(FACTORS):
         for a, b in itertools.combinations(dict.fromkeys(cell[i] for cell in cells), 2):
@@ -942,10 +934,8 @@ def answer_collapse(groups: dict) -> str:
                 f"{name} (seed {run['config']['seed']}: {', '.join(of_best or of_last)})")
     n = len(adversarial)
     missing = sum(run["metrics"]["classes"] < COLLAPSE["classes"] for _, run in adversarial)
-    recalls: dict[str, list] = {}
-    for _, run in vaes:
-        recalls.setdefault(common.DATASETS[run["config"]["dataset"]], []).append(
-            run["metrics"]["recall"])
+    recalls = {title: [run["metrics"]["recall"] for _, run in vaes
+                       if run["config"]["dataset"] == d] for d, title in common.DATASETS.items()}
     limits = ", ".join(f"{key} < {low:g}" for key, low in COLLAPSE.items())
     return (f"Called collapse, by thresholds fixed before the runs: any of {limits}. "
             + (f"{len(found)} of {n} runs with an adversary at its best epoch: {'; '.join(found)}. "
@@ -955,7 +945,8 @@ def answer_collapse(groups: dict) -> str:
                " None besides by the samples of its last epoch (entropy and classes).")
             + (" For comparison, the same thresholds are missed by "
                f"{sum(bool(collapsed(run['metrics'])) for _, run in vaes)} of {len(vaes)} runs of "
-               f"VAEs; their recall: {', '.join(f'{d} {span(of)}' for d, of in recalls.items())}."
+               "VAEs; their recall: "
+               + ", ".join(f"{title} {span(of)}" for title, of in recalls.items() if of) + "."
                if vaes else ""))
 
 
