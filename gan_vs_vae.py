@@ -69,7 +69,8 @@ def parse_args(argv=None):
     p = common.Parser(__doc__, epochs=10, batch_size=64, lr=2e-4, several_datasets=True)
     flag, number = p.add_argument, common.number
     flag("--model", choices=["gan", "vae", "vae-gan", "tuned-gan"], nargs="+",
-         default=["gan", "vae", "vae-gan", "tuned-gan"], help="what to train")
+         default=["gan", "vae", "vae-gan", "tuned-gan"],
+         help="vae-gan: three stages of --epochs; tuned-gan: 3 x --epochs at 5 x --lr")
     flag("--loss", choices=["hinge", "bce"], nargs="+", default=["hinge", "bce"], help="gan")
     flag("--z-dim", type=number(int, 1), nargs="+", default=[32, 64, 128], help="gan: noise")
     flag("--latent-dim", type=number(int, 1), nargs="+",
@@ -490,14 +491,17 @@ class Judge:
     def __init__(self, data: common.Data, classifier, samples: int):
         self.data, self.classifier, self.look = data, classifier, classifier.look
         some = torch.randperm(len(data.x_test), generator=common.generator("test"))[:samples]
-        self.f_test = self.look(data.x_test[some])[0]
-        order = torch.randperm(len(data.x_train), generator=common.generator("real"))
-        x, p = data.x_train[order], data.x_test.double()
-        self.scale = {  # what a table needs to be read
-            "real": self.score(x[:samples]) | floor(self.look(x[:6 * samples])[0], self.f_test),
-            "pixel_mean": self.score(x.mean(0, keepdim=True).repeat(samples, 1, 1, 1)),
-            "pixel_entropy": float((torch.special.entr(p) + torch.special.entr(1 - p)).sum()
-                                   / len(p))}
+        self.f_test, self.samples = self.look(data.x_test[some])[0], samples
+
+    @functools.cached_property
+    def scale(self) -> dict:
+        """What a table needs to be read: scores of real images and of the pixel mean."""
+        order = torch.randperm(len(self.data.x_train), generator=common.generator("real"))
+        x, p, n = self.data.x_train[order], self.data.x_test.double(), self.samples
+        entropy = torch.special.entr(p) + torch.special.entr(1 - p)
+        return {"real": self.score(x[:n]) | floor(self.look(x[:6 * n])[0], self.f_test),
+                "pixel_mean": self.score(x.mean(0, keepdim=True).repeat(n, 1, 1, 1)),
+                "pixel_entropy": float(entropy.sum() / len(p))}
 
     def score(self, x: Tensor) -> dict:
         """FID, precision, recall, density, coverage and the class histogram of images x."""
@@ -654,17 +658,18 @@ def report(base: Path) -> str:
              answer(groups, datasets), "## Summary",
              f"GANs: {of('gan')}, tuned GANs: {of('tuned-gan')}, VAEs: {of('vae')}, hybrids: "
              f"{of('vae-gan')}; runs of all seeds: {sum(map(len, groups.values()))}. Every "
-             "measured image is made in eval mode, by the raw weights of the best epoch; in the "
-             "tuned GANs alone by their moving average. Pictures are those of a run's first seed. "
-             "Nets, rates and weights of losses were chosen by the FID of validation images, of "
-             "seed 100; the tuned GANs' shifts and then their width came after FashionMNIST's test "
-             "images had shown more than 15 times the floor. "
-             f"A hybrid's networks of codes learn at {CODE_RATE} times the rate given."]
+             "measured image is made in eval mode, by the raw weights of the best epoch, of a "
+             "tuned GAN by their moving average. Pictures are those of a run's first seed. Nets, "
+             "rates and weights of losses were chosen by the FID of validation images, of seed 100"
+             + "; the tuned GANs' shifts and then their width came after FashionMNIST's "
+             "test images had shown more than 15 times the floor" * bool(of("tuned-gan")) + "."
+             + f" A hybrid's networks of codes learn at {CODE_RATE} times the rate given."
+             * bool(of("vae-gan"))]
     begun = sorted(f"{folder.parent.name}/{folder.name}" for dataset in common.DATASETS
                    for folder in (base / dataset).glob("*/seed_*")  # or diverged, or going on
                    if not (folder / "final_metrics.json").exists())
     if begun:
-        lines.append(f"Begun, without a result here: {', '.join(begun)}.")
+        lines.append(f"Begun or waiting, without a result here: {', '.join(begun)}.")
     lines.append(results_table(groups))
     for title, *models in [("Part 1: GANs", "gan", "tuned-gan"),
                            ("Part 2: VAEs and hybrids", "vae", "vae-gan")]:
@@ -706,7 +711,8 @@ def answer(groups: dict, datasets: list) -> str:
                 of_gan, of_vae = SOURCE[dataset]
                 said[-1] += (f", within the 1/6 aimed at for {often(hits)}; the source claims "
                              f"1/{of_vae / of_gan:.0f}")
-            said[-1] += "; the VAE's is lower." if logs.mean > 0 else "."
+            said[-1] += ("." if logs.mean <= 0 else "; the VAE's is lower." if logs.sign else
+                         "; which is lower cannot be told.")
         if tuned and dataset in SOURCE:
             over_floor = np.divide(get(tuned, "fid"), get(tuned, "scale", "real", "fid"))
             goal = {"mnist": 10, "fashion-mnist": 15}[dataset]
@@ -722,12 +728,16 @@ def answer(groups: dict, datasets: list) -> str:
 
 def results_table(groups: dict) -> str:
     """A row per run, after one of real training images and one of the pixel mean per dataset."""
-    rows, scales = [], {r["config"]["dataset"]: r["metrics"]["scale"]
-                        for runs in groups.values() for r in runs}
+    rows, scales = [], {}
+    ns = sorted({r["metrics"]["n"] for runs in groups.values() for r in runs})
+    for (r, *_) in groups.values():
+        title = common.DATASETS[r["config"]["dataset"]]
+        n = f" ({r['metrics']['n']:,} samples)" * (len(ns) > 1)
+        scales[title + n] = r["metrics"]["scale"]
     keys = ["precision", "recall", "density", "coverage", "entropy"]
-    for dataset, scale in scales.items():
+    for name, scale in scales.items():
         for title, s in ("real", scale["real"]), ("pixel mean", scale["pixel_mean"]):
-            rows.append([f"{common.DATASETS[dataset]}: {title}", "", f"{s['fid']:.3f}",
+            rows.append([f"{name}: {title}", "", f"{s['fid']:.3f}",
                          *[f"{s[k]:.2f}" for k in keys], s["classes"], *[""] * 4])
     for name, runs in groups.items():
         elbo = (f"{show(runs, 'elbo', 'reconstruction')} + {show(runs, 'elbo', 'kl')} = "
@@ -736,11 +746,9 @@ def results_table(groups: dict) -> str:
                      span(get(runs, "classes"), 0), show(runs, "copying"), elbo,
                      span(get(runs, "best", "epoch"), 0),
                      show(runs, "seconds_per_epoch", digits=1)])
-    ns = sorted({r["metrics"]["n"] for runs in groups.values() for r in runs})
-    entropy = "; ".join(f"{common.DATASETS[d]} {scale['pixel_entropy']:.2f}"
-                        for d, scale in scales.items())
-    sets = "; ".join(f"{common.DATASETS[d]}: {scale['real']['sets']}, spread "
-                     f"{scale['real']['fid_std']:.3f}" for d, scale in scales.items())
+    entropy = "; ".join(f"{d} {scale['pixel_entropy']:.2f}" for d, scale in scales.items())
+    sets = "; ".join(f"{d}: {scale['real']['sets']}, spread {scale['real']['fid_std']:.3f}"
+                     for d, scale in scales.items())
     return common.table(
         ["run", "n", "FID", *keys, "classes", "copying", "reconstruction + KL = −ELBO",
          "best epoch", "s per epoch"], rows) + (
@@ -753,7 +761,8 @@ def results_table(groups: dict) -> str:
         f"that lose at most {100 * SLACK - 100:.0f} % in reconstruction (of those that lose the "
         "least, if all lose more). Copying: mean distance to the nearest training image over that "
         "of test images. −ELBO of test images in nats; its floor, the mean pixel entropy: "
-        f"{entropy}. Seconds depend on what else the machine does.")
+        f"{entropy}. Seconds per epoch are medians, of a hybrid those of its last stage; they "
+        "depend on what else the machine does.")
 
 
 def span(values: list, digits: int = 2) -> str:
@@ -838,7 +847,8 @@ def plots(base: Path, groups: dict, datasets: list) -> list[str]:
                       color=color(runs), ms=5, mfc="none", label=short(name))
         real = next(iter(of.values()))[0]["metrics"]["scale"]["real"]
         axes.plot(real["recall"], real["precision"], "kP", label="real images")
-        axes.set(xlabel="recall", ylabel="precision", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
+        low = min(p for runs in of.values() for p in get(runs, "precision"))
+        axes.set(xlabel="recall", ylabel="precision", xlim=(-0.02, 1.02), ylim=(low - 0.03, 1.02))
 
     panels("gan_loss_comparison", ["gan"], losses, ["d_loss", "g_loss"])
     panels("gan_fid_comparison", ["gan", "tuned-gan"], fids)
@@ -851,8 +861,9 @@ def plots(base: Path, groups: dict, datasets: list) -> list[str]:
 
 def effects(groups: dict, measure) -> dict[tuple[str, str], tuple[common.Difference, list]]:
     """The effect on log `measure` of each change of one setting, {(setting, "b against a")}: that
-    of the mean over the cells of the grid that are otherwise the same, paired by the seeds that all
-    of them have, and of each cell. The intervals are 95 % for all changes together (Bonferroni).
+    of the mean over the cells of the grid that are otherwise the same, paired by seed (the cells
+    and seeds that give the most pairs), and of each cell. The intervals are 95 % for all changes
+    together (Bonferroni).
     """
     cells = {(*[runs[0]["config"][k] for k in FACTORS], rest(runs[0], *FACTORS)):
              {r["config"]["seed"]: math.log(measure(r)) for r in runs}
@@ -862,10 +873,12 @@ def effects(groups: dict, measure) -> dict[tuple[str, str], tuple[common.Differe
         for a, b in itertools.combinations(dict.fromkeys(cell[i] for cell in cells), 2):
             twins = [(cells[cell], cells[other]) for cell in cells if cell[i] == a
                      and (other := (*cell[:i], b, *cell[i + 1:])) in cells]
-            seeds = set.intersection(*[set(cell) for twin in twins for cell in twin] or [set()])
+            having = lambda seeds: [(u, v) for u, v in twins if seeds <= u.keys() & v.keys()]
+            seeds = max((u.keys() & v.keys() for u, v in twins), default=set(),
+                        key=lambda seeds: (len(seeds) * (n := len(having(seeds))), n))
             if seeds:
                 differences[factor, f"{b} against {a}"] = np.array(
-                    [[v[seed] - u[seed] for seed in sorted(seeds)] for u, v in twins])
+                    [[v[seed] - u[seed] for seed in sorted(seeds)] for u, v in having(seeds)])
     level = 1 - 0.05 / max(1, len(differences))
     return {key: (common.paired(d.mean(0), np.zeros(d.shape[1]), level=level), d.mean(1))
             for key, d in differences.items()}  # d: (cells, seeds)
@@ -909,7 +922,7 @@ def answer_stability(groups: dict) -> str:
             + ".\n\n" + common.table(
         ["measure", "change", "ratio", "range over cells", "cells", "seeds"], rows) + (
         "\n\nRatios between GANs of the same seed that differ in that setting alone, over the "
-        "cells of the grid, for the seeds that all of them have. The intervals are of the cells' "
+        "cells of the grid that have the same seeds. The intervals are of the cells' "
         "mean over seeds, and those of a measure hold together with 95 % (Bonferroni); bold where "
         "they exclude 1. A change of dataset is one of classifier and scale too. Spread: standard "
         "deviation of the change of the logarithm from epoch to epoch, second half of the "
@@ -1071,17 +1084,17 @@ def main(argv=None) -> dict:
     runs = grid(args, list(datas))[args.shard]
     parts = [common.split(datas[c["dataset"]], c) for c in runs]
     folders = [base / c["dataset"] / variant(c) / f"seed_{c['seed']}" for c in runs]
-    common.open_runs(folders, runs, args)
     judge_of = functools.cache(lambda name: Judge(
         datas[name], common.load_classifier(datas[name], device), args.samples))
     metrics, failed = {}, []
-    done = {file.parent: common.load_json(file) for folder in folders
-            if (file := folder / "final_metrics.json").exists()}  # whether or not weights are here
+    done = {file.parent: common.load_json(file) for folder in folders if not args.fresh
+            and (file := folder / "final_metrics.json").exists()}  # whether or not weights are here
     for folder, there in done.items():
         if there["n"] != args.samples:
             raise common.UserError(
                 f"{folder} was measured on {there['n']} samples, not {args.samples}; --fresh "
                 "replaces it, another --out-dir keeps it")
+    common.open_runs(folders, runs, args)
     for config, part, folder in zip(runs, parts, folders, strict=True):
         name = f"{variant(config)}/seed_{config['seed']}"
         if folder in done:
