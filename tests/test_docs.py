@@ -44,11 +44,9 @@ def imbalance_table() -> str:
     for sampler, m in [("prior", "vae"), ("prior", "ae"), ("prior", "ga-ae"), ("local", "vae"),
                        ("local", "ae"), ("local", "ga-ae λ=0"), ("local", "ga-ae")]:
         scores = [r["metrics"]["samplers"][sampler] for r in models[m]]
-        source = imbalance_study.SOURCE_LIFT.get(m, "–")  # of the GA-AE's without a sampler
-        own = imbalance_study.HEADLINE.get(m) == sampler or m == "ga-ae"
         show = lambda key, of=scores: common.mean_std([s[key] for s in of])
         rows.append([f"{m}, {sampler}", len(scores), show("calibrated_lift"),
-                     source if own else "–", show("clear_lift"),
+                     imbalance_study.SOURCE_LIFT.get((m, sampler), "–"), show("clear_lift"),
                      common.mean_std([s["rare"]["coverage"] / s["rare_real"]["coverage"]
                                       for s in scores if s["rare"]]),
                      show("fid"), show("copying")])
@@ -137,11 +135,10 @@ def summary_table() -> str:
     """The README's first table: what each study found, beside what its source had."""
     rows, models = [], imbalance_runs()
     add = lambda study, what, *row: rows.append([f"{study}: {what}", *row])
-    for m, sampler in [*imbalance_study.HEADLINE.items(), ("ga-ae", "prior")]:
+    for (m, sampler), source in imbalance_study.SOURCE_LIFT.items():
         lift = [r["metrics"]["samplers"][sampler]["calibrated_lift"] for r in models[m]]
         add("imbalance", f"lift of the 9 at 2 %: {m}, {sampler} codes", common.mean_std(lift),
-            len(lift), "1", f"{imbalance_study.SOURCE_LIFT[m]:g}, expected"
-            if imbalance_study.HEADLINE[m] == sampler or m == "ga-ae" else "–")
+            len(lift), "1", f"{source:g}, expected")
     runs = vae_runs()
     kingma, grey = runs["mlp500_z20_dynamic_adam_0.001"], runs["mlp500_z64_grey_adam_0.001"]
     add("VAE", "−ELBO, 20 dimensions, 500 units, binarised, default rate (nats)",
