@@ -633,7 +633,7 @@ def chosen(groups: dict[str, list]) -> dict[str, list]:
     return {v: rs for v, rs in groups.items() if rs in best}
 
 
-def measured(runs: list) -> str:
+def likelihood_images(runs: list) -> str:
     """How many test images log p(x) is of; '250, 1,000' where seeds differ."""
     return ", ".join(f"{n:,}" for n in sorted(set(get(runs, "likelihood", "n"))))
 
@@ -648,8 +648,8 @@ def answer(groups: dict[str, list]) -> str:
         error = np.mean(get(best, "likelihood", "gap_standard_error"))
         said.append(f"On binarised pixels the lowest NLL of {len(binarised)} variants is "
                     f"{show(best, 'likelihood', 'nll')} nats (± {error:.2f} for "
-                    f"{measured(best)} images; n={len(best)}), that of `{v}`; its ELBO hides "
-                    f"{show(best, 'likelihood', 'gap')} nats.")
+                    f"{likelihood_images(best)} images; n={len(best)}), that of `{v}`; its ELBO "
+                    f"hides {show(best, 'likelihood', 'gap')} nats.")
     if grey := of(binarize="none", objective="elbo"):
         v, best = min(grey, key=lambda of: np.mean(get(of[1], "validation", "loss")))
         said.append(f"On grey pixels the lowest validation loss of {len(grey)} (−ELBO) is "
@@ -687,7 +687,7 @@ def tables(groups: dict[str, list], grey: bool) -> list[str]:
             v, f"{m['parameters']:,}", show(rs, "seconds_per_epoch", digits=1),
             show(rs, "reconstruction"), show(rs, "kl"),
             f"{show(rs, 'active_units', digits=0)} ({common.mean_std(used, 0)})", show(rs, "fid"),
-            measured(rs),
+            likelihood_images(rs),
             f"{show(rs, 'likelihood', 'ess_median', digits=0)} ({few:.1f} %)"])
     mean = lambda key: np.mean(get([r for rs in groups.values() for r in rs], key))
     floor = (f" (floor {mean('pixel_entropy'):.2f}, baseline {mean('independent_pixels'):.2f})"
