@@ -47,8 +47,8 @@ from torch import Tensor, nn
 from torchvision.ops import Permute
 from tqdm import tqdm
 
-import common
-from common import get, show
+import common_v1 as common
+from common_v1 import get, show
 
 NOISE_DIM = 32  # of the hybrid's generator of codes
 ADVERSARIAL = 10.0  # nats per unit of the hybrid's discriminators while fine-tuning

@@ -55,7 +55,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from tqdm import tqdm
 
-import common
+import common_v1 as common
 
 # expected by its author, never measured; of the GA-AE without naming a sampler
 SOURCE_LIFT = {("ae", "prior"): 0.10, ("vae", "prior"): 6.0, ("ga-ae", "prior"): 0.50,

@@ -43,8 +43,8 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import common
-from common import get
+import common_v1 as common
+from common_v1 import get
 
 INFERENCE_STEPS = 300
 SUPERVISED_EPOCHS = 12

@@ -43,8 +43,8 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import common
-from common import get, show
+import common_v1 as common
+from common_v1 import get, show
 
 IMPORTANCE_SAMPLES = 5000
 PAIRS = 1000  # of test images to interpolate between

@@ -11,7 +11,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-import common  # noqa: E402
+import common_v1 as common  # noqa: E402
 
 DATA_DIR = os.environ.get("MNIST_DATA_DIR", "")
 

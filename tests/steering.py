@@ -17,7 +17,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import common
+import common_v1 as common
 import imbalance_study as study
 
 

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-import common
+import common_v1 as common
 import gan_vs_vae
 import imbalance_study
 import latent_opt
 import vae_mnist
-from common import get, show
+from common_v1 import get, show
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SCRIPTS = {"imbalance_study.py": imbalance_study, "latent_opt.py": latent_opt,

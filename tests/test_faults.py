@@ -23,7 +23,7 @@ import pytest
 import torch
 from conftest import ROOT, interrupt_after_epoch, numbers, script
 
-import common
+import common_v1 as common
 import gan_vs_vae
 import imbalance_study
 import latent_opt

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import interrupt_after_epoch, numbers
 
-import common
+import common_v1 as common
 import gan_vs_vae as study
 
 SMOKE = ["--dataset", "glyphs", "--train-size", "300", "--epochs", "1", "--samples", "300",

@@ -15,7 +15,7 @@ from conftest import interrupt_after_epoch, numbers, refused, script
 from torch import nn
 from torch.distributions import Bernoulli, Normal, kl_divergence
 
-import common
+import common_v1 as common
 import imbalance_study as study
 
 SMOKE = ["--dataset", "glyphs", "--train-size", "1000", "--epochs", "1", "--samples", "2000",

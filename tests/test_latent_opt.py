@@ -13,7 +13,7 @@ from conftest import interrupt_after_epoch, numbers, refused, script
 from torch import nn
 from torch.distributions import MultivariateNormal, Normal, kl_divergence
 
-import common
+import common_v1 as common
 import latent_opt as study
 
 SMOKE = ["--dataset", "glyphs", "--train-size", "300", "--epochs", "1", "--test-images", "20",

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from conftest import DATA_DIR
 
-import common
+import common_v1 as common
 import imbalance_study as study
 
 # --------------------------------------------------------------------------------- frechet_distance

@@ -10,7 +10,7 @@ import types
 import pytest
 import torch
 
-import common
+import common_v1 as common
 import gan_vs_vae
 import imbalance_study
 import latent_opt

@@ -15,7 +15,7 @@ from sklearn.decomposition import PCA
 from torch import nn
 from torch.distributions import Bernoulli, MultivariateNormal, Normal, kl_divergence
 
-import common
+import common_v1 as common
 import vae_mnist as study
 
 SMOKE = ["--dataset", "glyphs", "--train-size", "1000", "--epochs", "1", "--likelihood-images", "9",
