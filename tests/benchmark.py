@@ -6,8 +6,8 @@
 Ratios are of whole epochs in the same run, on the same model, batch and number of steps; run it on
 a machine that does nothing else. The usual way is a DataLoader with ToTensor, an eager step that
 asks for the loss every time, and a pass over the test set after every epoch, in float32, in a
-process of its own where memory is allocated as torch does by itself; ours is in bfloat16 on CPUs
-with instructions for it.
+process of its own where memory is allocated as torch does by itself. Our VAE is in float32 and in
+bfloat16, our GAN (gan_vs_vae.py is not rewritten yet) in bfloat16 on CPUs with instructions for it.
 """
 
 import argparse
@@ -15,10 +15,10 @@ import ctypes
 import functools
 import math
 import multiprocessing
+import os
 import sys
 import tempfile
 import time
-import types
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -30,13 +30,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision import datasets, transforms
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import common_v1 as common
+import common
+import common_v1
 import gan_vs_vae
 import vae_mnist
 
 VAE = {"dataset": "mnist", "arch": "mlp", "hidden": [400], "latent_dim": 20, "binarize": "none",
        "objective": "elbo", "k": 1, "optimizer": "adam", "lr": 1e-3, "batch_size": 128,
-       "train_size": 60_000, "seed": 0}
+       "train_size": 60_000, "precision": "float32", "seed": 0}
 GAN = {"dataset": "mnist", "model": "gan", "loss": "bce", "z_dim": 64, "lr": 2e-4,
        "batch_size": 128, "train_size": 60_000, "seed": 0}
 
@@ -95,11 +96,11 @@ def usual_vae(data_dir: str, device, epochs: int) -> float:
     return total
 
 
-def our_vae(x, x_test, epochs: int, compiled: bool) -> float:
+def our_vae(x, x_test, epochs: int, compiled: bool, precision: str = "float32") -> float:
     with tempfile.TemporaryDirectory() as folder:
-        args = types.SimpleNamespace(compile=compiled, tensorboard=False)
-        history = vae_mnist.train({**VAE, "epochs": epochs}, x, x_test, Path(folder), args)[1]
-    return history[-1]["val_loss"]
+        run = common.Run(Path(folder), {**VAE, "epochs": epochs, "precision": precision})
+        vae_mnist.train(run, x, x_test, compiled)
+    return run.history[-1]["val_loss"]
 
 
 def usual_gan(data_dir: str, device, epochs: int) -> float:
@@ -142,7 +143,7 @@ def our_gan(x, epochs: int, compiled: bool) -> float:
     torch.manual_seed(0)
     gan = gan_vs_vae.Gan(GAN, x.device)
     gan_vs_vae.set_mode(gan, True)
-    step = common.fast_step(gan.step, gan.modules | gan.optimizers, x.device, compiled)
+    step = common_v1.fast_step(gan.step, gan.modules | gan.optimizers, x.device, compiled)
     for _ in range(epochs):
         order = torch.randperm(len(x)).to(x.device)[:len(x) // 128 * 128]
         losses = torch.stack([step(x[i], 0) for i in order.split(128)])
@@ -151,7 +152,7 @@ def our_gan(x, epochs: int, compiled: bool) -> float:
 
 def limit(step, weights: int, seconds: float, device) -> str:
     """Operations and bytes of a step, and the rate against a matrix product of this machine."""
-    dtype = torch.bfloat16 if device.type == "cpu" and common.BFLOAT16 else torch.float32
+    dtype = torch.bfloat16 if device.type == "cpu" and common_v1.BFLOAT16 else torch.float32
     a = torch.randn(2048, 2048, device=device, dtype=dtype)
     best = math.inf
     for _ in range(5):
@@ -171,16 +172,18 @@ def limit(step, weights: int, seconds: float, device) -> str:
 
 
 def apart(run, epochs: int, device) -> tuple[float, float, float]:
-    """`clock` in a process of its own, without common.keep_memory."""
+    """`clock` in a process of its own, without common_v1.keep_memory."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"),
                              torch.set_float32_matmul_precision, ("high",)) as pool:  # TF32 too
         return pool.submit(clock, run, epochs, device).result()
 
 
-def speed(name: str, usual, ours, steps: int, step, weights: int, epochs: int, device) -> None:
-    rows, times = [], {}
-    for title, how, run in [("usual", apart, usual), ("ours", clock, lambda n: ours(n, False)),
-                            ("ours, --compile", clock, lambda n: ours(n, True))]:
+def speed(name: str, usual, ours: dict, steps: int, step, weights: int, epochs: int,
+          device) -> None:
+    """A table of seconds per epoch: the usual way, then each of ours by title."""
+    rows, times = [["", "s per epoch", "× faster", "s more in the first call", "last loss"]], {}
+    ways = [("usual", apart, usual), *((title, clock, run) for title, run in ours.items())]
+    for title, how, run in ways:
         try:
             epoch, before, loss = how(run, epochs, device)
         except Exception as error:
@@ -189,8 +192,8 @@ def speed(name: str, usual, ours, steps: int, step, weights: int, epochs: int, d
         times[title] = epoch
         rows.append([title, f"{epoch:.2f}", f"{times['usual'] / epoch:.2f}", f"{before:.1f}",
                      f"{loss:.2f}"])
-    print(f"## {name}, {torch.get_num_threads()} threads, {device}\n\n" + common.table(
-        ["", "s per epoch", "× faster", "s more in the first call", "last loss"], rows))
+    print(f"## {name}, {torch.get_num_threads()} threads, {device}\n\n"
+          + common.markdown_table(rows, 1))
     print("\n" + limit(step, weights, times["ours"] / steps, device) + "\n")
 
 
@@ -200,7 +203,9 @@ def vae(args, device, data) -> None:
     step = lambda: vae_mnist.objective(model, x[:128], VAE)[0].backward()
     speed("VAE 784-400-20-400-784, batch 128, Adam",
           functools.partial(usual_vae, args.data_dir, device),
-          lambda n, c: our_vae(x, x_test, n, c), len(x) // 128, step,
+          {"ours": lambda n: our_vae(x, x_test, n, False),
+           "ours, bfloat16": lambda n: our_vae(x, x_test, n, False, "bfloat16"),
+           "ours, --compile": lambda n: our_vae(x, x_test, n, True)}, len(x) // 128, step,
           sum(w.numel() for w in model.parameters()), args.epochs, device)
 
 
@@ -210,8 +215,8 @@ def dcgan(args, device, data) -> None:
     gan_vs_vae.set_mode(gan, True)
     weights = sum(w.numel() for m in (gan.G, gan.D) for w in m.parameters())
     speed("DCGAN, batch 128, Adam", functools.partial(usual_gan, args.data_dir, device),
-          lambda n, c: our_gan(x, n, c), len(x) // 128, lambda: gan.step(x[:128], 0), weights,
-          args.epochs, device)
+          {"ours": lambda n: our_gan(x, n, False), "ours, --compile": lambda n: our_gan(x, n, True)},
+          len(x) // 128, lambda: gan.step(x[:128], 0), weights, args.epochs, device)
 
 
 def peak_memory(run) -> tuple[float, float]:
@@ -219,7 +224,7 @@ def peak_memory(run) -> tuple[float, float]:
     status = lambda key: next(
         int(line.split()[1]) / 1e3 for line in Path("/proc/self/status").read_text().splitlines()
         if line.startswith(key))
-    ctypes.CDLL(None).malloc_trim(0)  # what common.keep_memory keeps would count as before
+    ctypes.CDLL(None).malloc_trim(0)  # what common_v1.keep_memory keeps would count as before
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     before, began = status("VmRSS"), time.perf_counter()
     run()
@@ -227,28 +232,28 @@ def peak_memory(run) -> tuple[float, float]:
 
 
 def metrics(args, device, data) -> None:
-    classifier = common.load_classifier(data, device)
+    classifier = common_v1.load_classifier(data, device)
     look = lambda n: classifier.look(data.x_train[torch.arange(n) % 60_000])
     features, probs = look(60_000)
     test, probs_test = classifier.look(data.x_test)
     rows = []
     for n in [1000, 5000, 20_000, 60_000]:
-        runs = {"classifier": lambda: look(n), "FID": lambda: common.frechet_distance(
+        runs = {"classifier": lambda: look(n), "FID": lambda: common_v1.frechet_distance(
                     features[:n], test),
-                "KID": lambda: common.kernel_distance(features[:n], test),
-                "precision … coverage": lambda: common.manifold_metrics(test, features[:n]),
-                "class share": lambda: common.class_share(probs[:n], probs_test, data.y_test),
-                "copying, 2,000 images": lambda: common.nearest(
+                "KID": lambda: common_v1.kernel_distance(features[:n], test),
+                "precision … coverage": lambda: common_v1.manifold_metrics(test, features[:n]),
+                "class share": lambda: common_v1.class_share(probs[:n], probs_test, data.y_test),
+                "copying, 2,000 images": lambda: common_v1.nearest(
                     data.x_test[:2000], data.x_train[:n])}
         cost = {name: peak_memory(run) for name, run in runs.items()}
         rows.append([f"{n:,}", *[f"{s:.2f} s, {mb:.0f} MB" for s, mb in cost.values()]])
-    print("## Metrics of n images against 10,000\n\n" + common.table(["n", *cost], rows))
+    print("## Metrics of n images against 10,000\n\n" + common_v1.table(["n", *cost], rows))
 
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("what", nargs="*", default=["vae", "dcgan", "metrics"])
-    p.add_argument("--data-dir", default=common.os.environ.get("MNIST_DATA_DIR") or "data")
+    p.add_argument("--data-dir", default=os.environ.get("MNIST_DATA_DIR") or "data")
     p.add_argument("--epochs", type=int, default=2)
     p.add_argument("--device", default="auto")
     args = p.parse_args()

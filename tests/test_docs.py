@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
+import common as common_v2  # until the last script is rewritten
 import common_v1 as common
 import gan_vs_vae
 import imbalance_study
@@ -55,33 +56,17 @@ def imbalance_table() -> str:
                          "rare coverage / real", f"FID (floor {floor})", "copying"], rows)
 
 
-def vae_runs() -> dict[str, list]:
-    return vae_mnist.arranged(
-        common.finished_runs(ROOT / "results/published/vae_mnist/mnist"))
+def vae_rows() -> dict:
+    return vae_mnist.rows(common_v2.finished_runs(ROOT / "results/published/vae_mnist/mnist"))
 
 
 def vae_table() -> str:
-    """The README's table: a row per configuration; of optimisers and rates the one with the most
-    seeds, of those the best on validation images.
-    """
-    groups, rows = vae_runs(), []
-    for rs in vae_mnist.chosen(groups).values():
-        c = rs[0]["config"]
-        grey = c["binarize"] == "none"
-        objective = f"IWAE, k = {c['k']}" if c["objective"] == "iwae" else "ELBO"
-        rows.append([
-            vae_mnist.network(c), c["latent_dim"], "grey" if grey else "binarised", objective,
-            f"{c['optimizer']} {c['lr']:g}", len(rs), show(rs, "validation", "loss"),
-            show(rs, "negative_elbo"),
-            "–" if grey else show(rs, "likelihood", "nll"),
-            "{} {:g}".format(*known[:2]) if (known := vae_mnist.published(c)) else "–",
-            show(rs, "active_units", digits=0), show(rs, "fid")])
-    runs = [r for rs in groups.values() for r in rs]
-    floor = np.mean(get(runs, "fid_floor"))
-    rows.sort(key=lambda row: (row[2], row[0], row[1], row[3]))
-    return common.table(["net", "d", "pixels", "objective", "optimiser", "n", "validation",
-                         "−ELBO", "NLL", "reported", "active units",
-                         f"FID (floor {floor:.2f})"], rows)
+    """The README's table: the report's, without optimisers and rates that were tried once."""
+    shown = {}
+    for name, seeds in vae_rows().items():
+        if None in seeds or len(seeds) > 1 or name[0] == "conv":
+            shown[name] = seeds
+    return common_v2.results_table(shown, vae_mnist.NAMES, vae_mnist.COLUMNS)
 
 
 def gan_groups() -> dict[str, list]:
@@ -139,13 +124,15 @@ def summary_table() -> str:
         lift = [r["metrics"]["samplers"][sampler]["calibrated_lift"] for r in models[m]]
         add("imbalance", f"lift of the 9 at 2 %: {m}, {sampler} codes", common.mean_std(lift),
             len(lift), "1", f"{source:g}, expected")
-    runs = vae_runs()
-    kingma, grey = runs["mlp500_z20_dynamic_adam_0.001"], runs["mlp500_z64_grey_adam_0.001"]
+    kingma = vae_rows()["mlp 500", "20-D", "binarised", "ELBO", "adam 0.001"]
+    grey = vae_rows()["mlp 500", "64-D", "grey", "ELBO", "adam 0.001"]
+    floor = vae_rows()[vae_mnist.REAL][None]["negative_elbo"]
     add("VAE", "−ELBO, 20 dimensions, 500 units, binarised, default rate (nats)",
-        show(kingma, "negative_elbo"), len(kingma), "–", "≈ 100, protocol not stated")
+        common_v2.cell(kingma, "negative_elbo", 2), len(kingma), "–",
+        "≈ 100, protocol not stated")
     add("VAE", "validation loss, 64 dimensions, 500 units, grey (nats)",
-        show(grey, "validation", "loss"), len(grey),
-        f"{show(grey[:1], 'pixel_entropy')}, of test images", "100.35")
+        common_v2.cell(grey, "validation.loss", 2), len(grey), f"{floor:.2f}, of test images",
+        "100.35")
     for dataset, source in gan_vs_vae.SOURCE.items():
         for model, figure in zip(["gan", "vae"], source, strict=True):
             if best := gan_vs_vae.best_of(gan_groups(), dataset, model):
@@ -180,9 +167,13 @@ def imbalance_expect() -> str:
 
 
 def vae_expect() -> str:
-    runs = vae_runs()["mlp500_z20_dynamic_adam_0.001"]
-    return expect(f"20-D, 500 units, binarised: −ELBO {show(runs, 'negative_elbo')}, "
-                  f"NLL {show(runs, 'likelihood', 'nll')} nats", runs)
+    name = ("mlp 500", "20-D", "binarised", "ELBO", "adam 0.001")
+    runs = [run for run in common_v2.finished_runs(ROOT / "results/published/vae_mnist/mnist")
+            if vae_mnist.row_name(run["config"]) == name]
+    seeds = vae_rows()[name]
+    return expect("20-D, 500 units, binarised: −ELBO "
+                  f"{common_v2.cell(seeds, 'negative_elbo', 2)}, NLL "
+                  f"{common_v2.cell(seeds, 'likelihood.nll', 2)} nats", runs)
 
 
 def latent_expect() -> str:
@@ -203,6 +194,9 @@ def results_readme() -> str:
     published = ROOT / "results/published"
     for root in sorted(file.parent for file in published.rglob("report.md")):
         where = root.relative_to(ROOT / "results").as_posix()
+        if root.parent.name == "vae_mnist":
+            parts += [f"## [{where}]({where}/report.md)", vae_commands(root)]
+            continue
         if root.name == "gan_vs_vae":
             groups = gan_vs_vae.all_runs(root)
         else:
@@ -211,6 +205,17 @@ def results_readme() -> str:
         table = common.how_made(groups).split("\n\n", 1)[1]
         parts += [f"## [{where}]({where}/report.md)", table]
     return "\n\n".join(parts) + "\n"
+
+
+def vae_commands(root) -> str:
+    """Which command made which run."""
+    lines = [["run", "precision", "command", "commit", "device", "threads", "torch", "minutes"]]
+    for run in common_v2.finished_runs(root):
+        made, minutes = run["metrics"]["environment"], run["metrics"]["seconds_train"] / 60
+        lines.append(["/".join(run["folder"].parts[-2:]), run["config"]["precision"],
+                      f"`{made['command']}`", made["commit"], made["device"],
+                      str(made["threads"]), made["torch"], f"{minutes:.1f}"])
+    return common_v2.markdown_table(lines, 7)
 
 
 TABLES = {"summary": summary_table, "imbalance": imbalance_table, "vae": vae_table,
@@ -244,14 +249,16 @@ def test_published_numbers_are_those_of_the_json(name):
 
 @pytest.mark.parametrize("script", [imbalance_study, vae_mnist, latent_opt,
                                     gan_vs_vae])
-def test_the_published_report_is_rebuilt_byte_for_byte(tmp_path, script):
-    copy = tmp_path / script.__name__
+def test_the_published_report_is_rebuilt_byte_for_byte(tmp_path, script, monkeypatch):
+    monkeypatch.setattr(common_v2, "HERE", tmp_path)  # reports link to the README there
+    copy = tmp_path / "results/published" / script.__name__
     shutil.copytree(ROOT / "results/published" / script.__name__, copy)
-    reports = {file: file.read_bytes() for file in copy.rglob("report.md")}
+    reports = {file: file.read_bytes() for pattern in ["report.md", "results.csv"]
+               for file in copy.rglob(pattern)}
     assert reports
     for file in reports:
         file.unlink()
-    script.main(["--report-only", "--out-dir", str(tmp_path)])
+    script.main(["--report-only", "--out-dir", str(copy.parent)])
     assert reports == {file: file.read_bytes() for file in reports}
 
 

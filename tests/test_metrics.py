@@ -5,55 +5,12 @@
 
 import numpy as np
 import pytest
-import scipy.linalg
 import torch
 import torch.nn.functional as F
 from conftest import DATA_DIR
 
 import common_v1 as common
 import imbalance_study as study
-
-# --------------------------------------------------------------------------------- frechet_distance
-
-
-def with_moments(n, mean, cov):
-    """n vectors whose sample mean and covariance are exactly these."""
-    x = torch.randn(n, len(mean), dtype=torch.float64)
-    x = x - x.mean(0)
-    white = torch.linalg.solve_triangular(torch.linalg.cholesky(torch.cov(x.T)), x.T, upper=False)
-    return (torch.linalg.cholesky(cov) @ white).T + mean
-
-
-def test_frechet_of_two_gaussians_in_closed_form():
-    a, b = torch.tensor([1.0, 4.0, 9.0]).double(), torch.tensor([4.0, 1.0, 2.25]).double()
-    mu = torch.tensor([1.0, -2.0, 0.5]).double()
-    x = with_moments(500, torch.zeros(3).double(), a.diag())
-    y = with_moments(400, mu, b.diag())
-    want = mu.square().sum() + (a.sqrt() - b.sqrt()).square().sum()  # commuting covariances
-    assert common.frechet_distance(x, y) == pytest.approx(want.item(), rel=1e-9)
-
-
-def test_frechet_agrees_with_scipys_square_root():
-    mix = torch.randn(12, 12, dtype=torch.float64)
-    x, y = torch.randn(900, 12).double() @ mix, torch.randn(700, 12).double() + 0.3
-    sa, sb = np.cov(x.numpy().T), np.cov(y.numpy().T)
-    root = scipy.linalg.sqrtm(sa @ sb).real
-    want = ((x.mean(0) - y.mean(0)) ** 2).sum().item() + np.trace(sa + sb - 2 * root)
-    assert common.frechet_distance(x, y) == pytest.approx(want, rel=1e-6)
-
-
-def test_frechet_scales_rotates_and_survives_few_samples():
-    x, y = torch.randn(300, 8).double(), torch.randn(200, 8).double() * 1.5 + 1
-    base = common.frechet_distance(x, y)
-    q = torch.linalg.qr(torch.randn(8, 8).double())[0]
-    assert common.frechet_distance(3 * x, 3 * y) == pytest.approx(9 * base, rel=1e-9)
-    assert common.frechet_distance(x @ q, y @ q) == pytest.approx(base, rel=1e-9)
-    assert common.frechet_distance(y, x) == pytest.approx(base, rel=1e-9)
-    assert common.frechet_distance(x, x) == pytest.approx(0, abs=1e-6)
-    few = common.frechet_distance(torch.randn(5, 20), torch.randn(6, 20))
-    assert np.isfinite(few) and few > 0
-    with pytest.raises(ValueError, match="features must be"):
-        common.frechet_distance(torch.randn(5, 3), torch.randn(5, 4))
 
 
 def test_kernel_distance_is_unbiased_and_notices_a_shift():

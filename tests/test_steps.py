@@ -14,14 +14,10 @@ import common_v1 as common
 import gan_vs_vae
 import imbalance_study
 import latent_opt
-import vae_mnist
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
     not torch.cuda.is_available(), reason="no CUDA device: capturing a step is not measured"))]
 BASE = {"seed": 0, "epochs": 2, "batch_size": 24, "lr": 1e-3, "latent_dim": 4}
-VAE = BASE | {"arch": "mlp", "hidden": [32], "binarize": "dynamic", "objective": "elbo", "k": 1,
-              "optimizer": "adam"}
-IWAE = VAE | {"arch": "conv", "hidden": [], "objective": "iwae", "k": 3}
 GA_AE = BASE | {"model": "ga-ae", "geometry": 5.0, "code_penalty": 0.01, "rare_digit": 9,
                 "rare_ratio": 0.02}
 LATENT = BASE | {"sigma": 0.4, "latent_lr": 0.01, "latent_steps": 1, "train_size": 100}
@@ -43,15 +39,13 @@ def losses(history: list[dict]) -> list[float]:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("name", ["vae", "iwae", "ga-ae", "latent_opt"])
+@pytest.mark.parametrize("name", ["ga-ae", "latent_opt"])
 def test_a_fast_step_trains_like_an_eager_one(name, device, tmp_path, quick):
     """Two epochs, several batch sizes, a rate that changes; the second half after a resume that
     changes the kind of step.
     """
     x = torch.rand(100, 1, 28, 28, device=device)
-    train = {"vae": functools.partial(vae_mnist.train, VAE),
-             "iwae": functools.partial(vae_mnist.train, IWAE),
-             "ga-ae": functools.partial(imbalance_study.train, GA_AE),
+    train = {"ga-ae": functools.partial(imbalance_study.train, GA_AE),
              "latent_opt": functools.partial(latent_opt.train, "vae", LATENT)}[name]
     found = []
     for kind, (first, second) in {"eager": (False, False), "fast": (True, True),
@@ -91,13 +85,6 @@ def test_fast_steps_of_two_players_are_the_eager_ones(model, device, quick):
     half = len(found) // 2
     assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-6)
                for a, b in zip(found[:half], found[half:], strict=True))
-
-
-def test_adagrad_stays_eager():
-    model = vae_mnist.VAE(VAE)
-    parts = {"model": model, "optimizer": torch.optim.Adagrad(model.parameters())}
-    step = lambda x: x
-    assert common.fast_step(step, parts, torch.device("cpu"), True) is step
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="asks glibc")

@@ -1,26 +1,33 @@
-"""The VAE script: bounds and likelihoods against oracles, runs, resume, bad input.
+"""The VAE script: bounds and likelihoods against oracles, whole runs, resume, bad input.
 
     pytest tests/test_vae_mnist.py
 """
 
 import copy
 import itertools
+import json
 import math
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import interrupt_after_epoch, numbers, refused, script
+from conftest import ROOT, interrupt_after_epoch, numbers, refused, script
 from sklearn.decomposition import PCA
 from torch import nn
 from torch.distributions import Bernoulli, MultivariateNormal, Normal, kl_divergence
 
-import common_v1 as common
+import common
 import vae_mnist as study
 
 SMOKE = ["--dataset", "glyphs", "--train-size", "1000", "--epochs", "1", "--likelihood-images", "9",
          "--hidden", "32", "--device", "cpu"]
-CONFIG = {"arch": "mlp", "hidden": [32], "latent_dim": 4, "objective": "elbo", "k": 1}
+CONFIG = {"arch": "mlp", "hidden": [32], "latent_dim": 4, "objective": "elbo", "k": 1,
+          "binarize": "dynamic", "optimizer": "adam"}
 
 
 @pytest.fixture(autouse=True)
@@ -59,27 +66,52 @@ def test_kl_and_log_likelihood_against_torch_distributions():
     assert torch.allclose(study.log_likelihood(decoder, z, x), want, atol=1e-4)
 
 
-def test_steps_are_in_bfloat16_and_near_float32_and_validation_is_not(monkeypatch):
+def test_bfloat16_is_near_float32_and_losses_stay_float32():
     model, x, found = study.VAE(CONFIG), torch.rand(64, 1, 28, 28).round(), []
     for on in (False, True):
-        monkeypatch.setattr(study.common, "BFLOAT16", on)
         torch.manual_seed(0)
-        losses = study.objective(model, x, CONFIG)
-        gradient = torch.autograd.grad(losses[0], model.decoder[0].weight)[0]
-        torch.manual_seed(0)
-        found.append((losses.detach(), gradient, study.losses_in_chunks(model, x, CONFIG)))
-    (losses, gradient, validation), (losses_16, gradient_16, validation_16) = found
+        with torch.autocast("cpu", torch.bfloat16, on):
+            losses = study.objective(model, x, CONFIG)
+        found.append((losses.detach(), torch.autograd.grad(losses[0], model.decoder[0].weight)[0]))
+    (losses, gradient), (losses_16, gradient_16) = found
     assert losses_16.dtype == gradient_16.dtype == torch.float32
-    assert validation == validation_16 and not torch.equal(gradient, gradient_16)
-    assert torch.allclose(losses, losses_16, rtol=1e-2)
+    assert torch.allclose(losses, losses_16, rtol=1e-2) and not torch.equal(gradient, gradient_16)
     assert (gradient - gradient_16).norm() < 0.05 * gradient.norm()
+
+
+DEVICES = ["meta", pytest.param("cuda", marks=pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="no CUDA device"))]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("arch", ["mlp", "conv"])
+@pytest.mark.parametrize("objective", ["elbo", "iwae"])
+def test_a_step_leaves_no_tensor_on_another_device(arch, objective, device):
+    config = {**CONFIG, "arch": arch, "objective": objective, "k": 3}
+    model = study.VAE(config).to(device)
+    x = torch.bernoulli(torch.rand(5, 1, 28, 28, device=device))
+    losses = study.objective(model, x, config)
+    losses[0].backward()
+    assert losses.device.type == device and losses.shape == (3,)
+    assert all(weight.grad.device.type == device for weight in model.parameters())
+
+
+def test_a_compiled_objective_trains_like_the_eager_one(monkeypatch):
+    def without_code_generation(function, real=torch.compile, **k):  # which takes half a minute
+        return real(function, backend="eager")
+    monkeypatch.setattr(torch, "compile", without_code_generation)
+    model, x, found = study.VAE(CONFIG), torch.rand(10, 1, 28, 28), []
+    for on in (False, True):
+        torch.manual_seed(0)
+        losses = common.compiled(study.objective, on, torch.device("cpu"))(model, x, CONFIG)
+        found.append(torch.autograd.grad(losses[0], list(model.parameters())))
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("objective", ["elbo", "iwae"])
 def test_losses_are_per_image_and_do_not_depend_on_the_batch(objective, monkeypatch):
     config = {**CONFIG, "objective": objective, "k": 3}
     model, x = study.VAE(config), torch.rand(16, 1, 28, 28).round()
-    monkeypatch.setattr(study.common, "BFLOAT16", False)  # its rounding may depend on the batch
     noise = torch.randn(3, 16, 4)
     parts = []
     for half in (0, 1):  # the same noise for an image, whatever batch it is in
@@ -103,7 +135,7 @@ def test_one_step_of_an_optimizer_by_hand(name, step):
     w, g = nn.Parameter(torch.randn(7)), torch.randn(7)
     want = step(w.detach().clone(), g)
     w.grad = g
-    study.make_optimizer(name, [w], 0.1).step()
+    study.make_optimizer(name, nn.ParameterList([w]), 0.1).step()
     assert torch.allclose(w, want, atol=1e-6)
 
 
@@ -124,7 +156,7 @@ def trained(data):
     config = {**CONFIG, "hidden": [128], "latent_dim": 2, "binarize": "dynamic"}
     torch.manual_seed(0)
     model = study.VAE(config)
-    optimizer = study.make_optimizer("adam", model.parameters(), 2e-3)
+    optimizer = study.make_optimizer("adam", model, 2e-3)
     for _ in range(2):
         for x in data.x_train[torch.randperm(20_000)].split(100):
             loss = study.objective(model, torch.bernoulli(x), config)[0]
@@ -137,12 +169,12 @@ def trained(data):
 def test_elbo_iwae_and_exact_are_in_order(trained):
     model, x = trained
     q = model.encode(x)
-    log_px = lambda x: lambda z: study.log_likelihood(model.decoder, z, x)
+    log_px = lambda x: lambda z: study.log_likelihood(model.logits, z, x)
     parts = list(zip(x.flatten(1).split(10), *(v.split(10) for v in q), strict=True))
     log_w = torch.cat([study.log_weights(log_px(x), *q, 5000) for x, *q in parts], 1).double()
     bounds = [log_w.mean(0)] + [study.log_mean(log_w.view(-1, k, len(x)).transpose(0, 1)).mean(0)
                                 for k in (5, 50, 5000)]
-    exact, checks = study.quadrature(model.decoder, x.flatten(1), 2, 6.0, 401)
+    exact, checks = study.quadrature(model.logits, x.flatten(1), 2, 6.0, 401)
     assert checks["refinement_change"] < 1e-3 and checks["outer_mass"] < 1e-3
     for loose, tight in itertools.pairwise([*bounds, exact]):
         difference = tight - loose
@@ -158,7 +190,7 @@ def test_elbo_iwae_and_exact_are_in_order(trained):
     again = study.estimate_likelihood(lost, x, 2, 0.0)
     assert again["nll_subset"] == pytest.approx(-exact.mean().item(), abs=0.2)
     torch.manual_seed(1)  # the closed-form KL and the sampled one agree
-    total = np.mean([study.losses_in_chunks(model, x, CONFIG)[0] for _ in range(200)])
+    total = np.mean([study.mean_losses(model, x, CONFIG)[0] for _ in range(200)])
     assert total == pytest.approx(-bounds[0].mean().item(), abs=0.1)
 
 
@@ -208,42 +240,40 @@ def test_spherical_interpolation():
     assert (flat <= longest[:, None] + 1e-4).all()  # nearly opposite codes do not fly away
 
 
-# --------------------------------------------------------------------------------------------- runs
+# -------------------------------------------------------------------------------------------- runs
 
 
-def test_runs_end_to_end_and_the_report_is_made_of_the_json(tmp_path):
+def test_runs_end_to_end_and_the_report_is_made_of_the_files(tmp_path, capsys):
     argv = [*SMOKE, "--out-dir", str(tmp_path)]
     metrics = study.main([*argv, "--latent-dim", "1", "2", "--binarize", "none"])
     metrics |= study.main([*argv, "--latent-dim", "2", "--optimizer", "adam", "adagrad",
                            "--seeds", "0", "1"])
-    metrics |= study.main([*argv, "--latent-dim", "2", "--lr", "1e-6"])
-    metrics |= study.main([*argv, "--latent-dim", "2", "--arch", "conv"])
-    metrics |= study.main([*argv, "--latent-dim", "2", "--objective", "iwae", "--seeds", "0", "1"])
-    assert len(metrics) == 10
+    metrics |= study.main([*argv, "--latent-dim", "3", "--arch", "conv", "--objective", "iwae",
+                           "--precision", "bfloat16"])
     root = tmp_path / "vae_mnist/glyphs"
-    one = metrics["mlp32_z1_grey_adam_0.001/seed_0"]
-    assert one["pixel_entropy"] < one["test_loss"] < 784 * math.log(2)
-    assert one["test_loss"] == one["negative_elbo"]
-    likelihood = one["likelihood"]
+    assert len(metrics) == 7 == len(list(root.glob("*/*/final_metrics.json")))
+    grey = metrics["mlp-32_1-D_grey_ELBO_adam-0.001-epochs1-n1000/seed_0"]
+    assert grey["pixel_entropy"] < grey["test_loss"] < 784 * math.log(2)
+    assert grey["test_loss"] == grey["negative_elbo"]
+    likelihood = grey["likelihood"]
     assert likelihood["exact_subset"] == pytest.approx(likelihood["nll_subset"], abs=1)
-    assert one["negative_elbo"] - likelihood["nll"] == pytest.approx(likelihood["gap"])
-    for name in ["decoded_line", "codes", "samples", "reconstructions", "losses", "interpolation",
-                 "interpolation_confidence"]:
-        assert (root / f"mlp32_z1_grey_adam_0.001/seed_0/{name}.png").stat().st_size > 2000
-    for name in ["decoded_plane", "kl_per_dimension"]:
-        assert (root / f"mlp32_z2_grey_adam_0.001/seed_0/{name}.png").exists()
-    text = (root / "report.md").read_text()
-    for words in ["adam 0.001 against adagrad 0.001", "by validation loss: 1e-06: ", "at n=2",
-                  "iwae 5 against elbo 1:", "95 % interval", "Is the estimate right?"]:
-        assert words in text
-    before = (root / "report.md").read_bytes()
-    (root / "report.md").unlink()
-    study.main(["--report-only", "--out-dir", str(tmp_path)])
-    assert (root / "report.md").read_bytes() == before
-    folder = root / "mlp32_z2_grey_adam_0.001/seed_0"
-    (folder / "best_model.pt").unlink()  # a finished run is skipped without its weights
-    study.main([*argv, "--latent-dim", "2", "--binarize", "none"])
-    assert not (folder / "best_model.pt").exists()
+    assert grey["negative_elbo"] - likelihood["nll"] == pytest.approx(likelihood["gap"])
+    assert {"real", "pixels"} <= set(grey["interpolation"])
+    for name, run in metrics.items():  # grey pixels say nothing of codes of binarised images
+        assert "grey" in name or set(run["interpolation"]) == {"pairs", "linear", "spherical"}
+    for name in ["codes", "samples", "reconstructions", "losses", "interpolation"]:
+        pictures = list(root.glob(f"*/*/{name}.png"))
+        assert len(pictures) == 7 and all(file.stat().st_size > 2000 for file in pictures)
+    assert list(root.glob("*1-D*/*/decoded_line.png")) and list(root.glob("*/*/decoded_plane.png"))
+
+    files = {file: file.read_bytes() for file in [*root.glob("*.md"), *root.glob("*.csv")]}
+    for file in files:
+        file.unlink()
+    capsys.readouterr()
+    study.main(["--report-only", "--dataset", "glyphs", "--out-dir", str(tmp_path)])
+    assert len(files) == 2 and files == {file: file.read_bytes() for file in files}
+    assert str(root / "report.md") in capsys.readouterr().out
+    assert study.main([*argv, "--latent-dim", "1", "--binarize", "none"]).popitem()[1] == grey
 
 
 def test_an_interrupted_run_continues_bitwise(tmp_path):
@@ -251,10 +281,9 @@ def test_an_interrupted_run_continues_bitwise(tmp_path):
     study.main([*argv, str(tmp_path / "whole")])
     interrupt_after_epoch(2, lambda: study.main([*argv, str(tmp_path / "parts")]))
     study.main([*argv, str(tmp_path / "parts")])
-    a, b = (tmp_path / d / "vae_mnist/glyphs/mlp32_z2_dynamic_adam_0.001/seed_0"
-            for d in ["whole", "parts"])
+    a, b = (next((tmp_path / d).glob("vae_mnist/glyphs/*/seed_0")) for d in ["whole", "parts"])
     assert numbers(a) == numbers(b)
-    left, right = (common.load_torch(d / "checkpoint.pt")["model"] for d in (a, b))
+    left, right = (torch.load(d / "checkpoint.pt")["model"] for d in (a, b))
     assert all(torch.equal(left[k], right[k]) for k in left)
 
 
@@ -269,22 +298,16 @@ def test_batches_are_shuffled_and_drawn_anew_in_every_epoch(tmp_path, monkeypatc
     study.main([*SMOKE, "--epochs", "2", "--latent-dim", "2", "--out-dir", str(tmp_path)])
     first, second = torch.cat(seen[:10]), torch.cat(seen[10:])
     assert len(first) == 1000 and set(first.unique().tolist()) == {0.0, 1.0}
-    order = first.mean((1, 2, 3)).argsort()
-    assert not torch.equal(first, second) and not torch.equal(order.sort().values, order)
+    ink = first.mean((1, 2, 3))
+    assert not torch.equal(first, second) and not torch.equal(ink.sort().values, ink)
     total = lambda x: x.flatten(1).sum(1).sort().values
     assert not torch.equal(total(first), total(second))  # pixels are drawn anew
 
 
-# ---------------------------------------------------------------------------------------- bad input
-
-
-def test_a_process_from_another_folder_and_one_that_is_refused(tmp_path):
-    argv = [*SMOKE, "--latent-dim", "3"]  # more than two: t-SNE
-    result = script("vae_mnist.py", *argv, cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert (tmp_path / "results/vae_mnist/glyphs/report.md").exists()
-    refused(script("vae_mnist.py", *argv, "--train-size", "59000", cwd=tmp_path), "55000")
-    refused(script("vae_mnist.py", *argv, "--epochs", "2", cwd=tmp_path), "epochs = 1, not 2")
+def test_more_epochs_and_copied_folders_do_not_collide(tmp_path):
+    argv = [*SMOKE, "--latent-dim", "2", "--out-dir", str(tmp_path)]
+    names = {*study.main(argv), *study.main([*argv, "--epochs", "2"])}
+    assert len(names) == 2
 
 
 def test_a_loss_that_is_not_finite_stops_that_run_and_no_other(tmp_path, monkeypatch):
@@ -294,100 +317,88 @@ def test_a_loss_that_is_not_finite_stops_that_run_and_no_other(tmp_path, monkeyp
         calls.append(1)
         return real(*a) * (math.nan if len(calls) == 18 else 1)  # 10 steps, 5 parts of validation
     monkeypatch.setattr(study, "objective", broken)
-    with pytest.raises(common.UserError, match="epoch 2, step 3"):
+    with pytest.raises(common.UserError, match=r"1 of 2 runs diverged: .*1-D.*seed_0"):
         study.main([*SMOKE, "--latent-dim", "1", "2", "--epochs", "3", "--out-dir", str(tmp_path)])
     root = tmp_path / "vae_mnist/glyphs"
-    broken_one, other = (root / f"mlp32_z{d}_dynamic_adam_0.001/seed_0" for d in (1, 2))
-    assert len(common.load_torch(broken_one / "checkpoint.pt")["history"]) == 1
-    assert (other / "final_metrics.json").exists() and (root / "report.md").exists()
+    assert len(next(root.glob("*1-D*/seed_0/history.csv")).read_text().splitlines()) == 2
+    assert list(root.glob("*2-D*/seed_0/final_metrics.json")) and (root / "report.md").exists()
+
+
+# ----------------------------------------------------------------------------------------- report
 
 
 def run(seed=0, loss=100.0, **config):
-    """A finished run as the report sees it, with only what the comparisons need."""
+    """A finished run as the report sees it."""
     settings = {"dataset": "mnist", "arch": "mlp", "hidden": [500], "latent_dim": 20,
                 "binarize": "dynamic", "objective": "elbo", "k": 1, "optimizer": "adam",
-                "lr": 0.001, "batch_size": 100, "epochs": 9, "train_size": 55_000, "seed": seed}
+                "lr": 0.001, "batch_size": 100, "epochs": 100, "train_size": 55_000, "seed": seed,
+                "precision": "float32"}
     return {"config": settings | config, "metrics": {
-        "validation": {"loss": loss}, "negative_elbo": loss, "test_loss": loss,
-        "likelihood": {"nll": loss - 3, "gap": 3.0, "gap_standard_error": 0.1, "n": 9},
-        "pixel_entropy": 45.0, "environment": {"device": "cpu"}, "active_units": 9,
-        "kl_per_dimension": [1.0, 0.01]}}
+        "validation": {"loss": loss}, "negative_elbo": loss - 1, "fid": 2.0, "fid_floor": 0.1,
+        "likelihood": {"nll": loss - 4}, "pixel_entropy": 45.0, "independent_pixels": 205.0,
+        "interpolation": {"linear": [0.9, 0.5, 0.9], "spherical": [0.9, 0.6, 0.9]}}}
 
 
-def test_comparisons_are_of_runs_that_differ_in_one_setting():
-    runs = [run(seed, loss + 0.01 * seed, **config) for seed in range(3) for loss, config in [
-        (100, {}), (99, {"lr": 0.003}), (96, {"hidden": [500, 500]}),
-        (104, {"optimizer": "adagrad", "lr": 0.02}), (90, {"epochs": 99})]]
-    groups = study.arranged(runs)
-    assert len(groups) == 5 and sum("(epochs 99)" in title for title in groups) == 1
-    text = " ".join(study.comparisons(groups))
-    assert "mlp500-500 against mlp500: −ELBO a significant difference at n=3 (−4.00" in text
-    assert "adam 0.003 against adagrad 0.02: −ELBO a significant difference at n=3 (−5.00" in text
-    assert "The best is 0.003, at the edge" in text and "epochs 99" not in text
+def test_rows_are_named_by_every_setting_and_numbers_are_those_of_the_json():
+    table = study.rows([run(0), run(1, 98.0), run(0, 90.0, epochs=50), run(0, 80, binarize="none")])
+    name = ("mlp 500", "20-D", "binarised", "ELBO", "adam 0.001")
+    assert set(table) == {study.REAL, study.INDEPENDENT, name, (*name[:4], "adam 0.001 epochs50"),
+                          ("mlp 500", "20-D", "grey", "ELBO", "adam 0.001")}
+    assert table[name][1]["likelihood.nll"] == 94 and table[name][0]["fid_ratio"] == 20
+    assert table[name][0]["published"] == "−ELBO 100"
+    assert "likelihood.nll" not in table["mlp 500", "20-D", "grey", "ELBO", "adam 0.001"][0]
 
 
-def test_only_like_is_compared_with_like():
-    runs = [run(seed) for seed in range(3)]
-    wide = [run(seed, 99, hidden=[400]) for seed in range(3)]
-    assert "further hidden layer" not in " ".join(study.comparisons(study.arranged(runs + wide)))
-    deep = [run(seed, 96, hidden=[500, 500]) for seed in range(3)]
-    text = " ".join(study.comparisons(study.arranged(runs + wide + deep)))
-    assert "mlp500-500 against mlp500:" in text and "against mlp400" not in text
-    coarse = [run(seed, 90) for seed in range(3)]
-    for r in coarse:
-        r["metrics"]["bfloat16"] = True
-    groups = study.arranged(runs + coarse)
-    assert len(groups) == len(study.chosen(groups)) == 2 and not study.comparisons(groups)
-    text = " ".join(study.comparisons(study.arranged([*runs, run(7, 96.0, lr=0.003)])))
-    assert "without a seed in common: 0.001: 100.00 ± 0.00 (n=3); 0.003: 96.00 (n=1)" in text
+def test_the_best_is_named_by_validation_alone():
+    better = run(0, 95.0, optimizer="adagrad")
+    better["metrics"]["likelihood"]["nll"] = 99.0  # on test images it is worse
+    text = " ".join(study.answer(study.rows([run(0), run(1), better])))
+    assert "adagrad 0.001 (n=1), test NLL 99.00 nats" in text
 
 
-def test_the_answer_follows_the_numbers():
-    for losses, word in [([99.0] * 3, "reached"), ([101.0] * 3, "not reached"),
-                         ([99.5], "reached by one seed"), ([101.0], "not reached by one seed"),
-                         ([99.0, 100.0, 101.5], "not to be told from it")]:
-        text = study.answer(study.arranged([run(*of) for of in enumerate(losses)]))
-        assert f" against 100 (a student project, protocol not stated), {word} in 9 epochs" in text
-    other = study.arranged([run(seed, 99, dataset="glyphs") for seed in range(3)])
-    assert "Published" not in study.answer(other)
-    grey = [run(0, 80, binarize="none", objective="iwae", k=5), run(0, 90, binarize="none")]
-    assert "lowest validation loss of 1 (−ELBO) is 90.00" in study.answer(study.arranged(grey))
+# ------------------------------------------------------------------------------ bad input, faults
 
 
-@pytest.mark.parametrize(("share", "words"), [(0.96, "Almost all"), (0.9, "Not almost all")])
-def test_the_verdict_on_interpolation_follows_the_numbers(share, words):
-    def like(share, half):
-        r = run(0)
-        line = [1.0] + 4 * [share] + [half] + 4 * [share] + [1.0]
-        r["metrics"]["interpolation"] = {"linear": line, "spherical": line, "pixels": [0.5] * 11,
-                                         "real": 0.98, "pairs": 9}
-        return r
-    text = study.interpolation_table({"a": [like(share, share)], "b": [like(0.6, 0.99)]})[1]
-    assert text.startswith(words) and f"{100 * share:.1f} % of the images on the straight" in text
-    assert text.endswith("in 0 of 2 variants.")
+def test_a_process_from_another_folder_and_one_that_is_refused(tmp_path):
+    argv = [*SMOKE, "--latent-dim", "3"]  # more than two: t-SNE
+    result = script("vae_mnist.py", *argv, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "results/vae_mnist/glyphs/report.md").exists()
+    assert "epoch 1/1" in result.stdout and "results in results" in result.stdout
+    refused(script("vae_mnist.py", *argv, "--train-size", "59000", cwd=tmp_path), "55000")
 
 
-def test_a_folder_in_the_way_stops_a_sweep_before_it_trains(tmp_path):
-    argv = [*SMOKE, "--out-dir", str(tmp_path), "--latent-dim"]
-    study.main([*argv, "2"])
-    root = tmp_path / "vae_mnist/glyphs"
-    (root / "mlp32_z2_dynamic_adam_0.001/seed_0/checkpoint.pt").unlink()
-    with pytest.raises(common.UserError, match="no weights"):
-        study.main([*argv, "1", "2", "--likelihood-images", "11"])
-    assert not (root / "mlp32_z1_dynamic_adam_0.001/seed_0/history.csv").exists()
+def test_a_mistake_in_the_code_is_a_traceback():
+    with pytest.raises(FileNotFoundError):
+        common.guard(lambda: Path("/no/such/file").read_text())
 
 
-def test_a_published_run_is_not_trained_again_for_more_likelihood_images(tmp_path):
-    argv = [*SMOKE, "--latent-dim", "2", "--out-dir", str(tmp_path)]
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_one_line_and_the_same_command_continues(tmp_path, sent):
+    argv = [*SMOKE, "--latent-dim", "2", "--epochs", "3", "--out-dir", str(tmp_path / "killed")]
+    heard = lambda: signal.signal(sent, signal.SIG_DFL)  # a job in the background ignores Ctrl-C
+    process = subprocess.Popen([sys.executable, str(ROOT / "vae_mnist.py"), *argv], text=True,
+                               stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, preexec_fn=heard)
+    while not list(tmp_path.rglob("checkpoint.pt")) and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(sent)
+    _, errors = process.communicate(timeout=100)
+    assert process.returncode == 128 + sent and errors.count("\n") == 1, errors
     study.main(argv)
-    folder = tmp_path / "vae_mnist/glyphs/mlp32_z2_dynamic_adam_0.001/seed_0"
-    before = numbers(folder)
-    study.main([*argv, "--likelihood-images", "5"])  # what is there is better
-    assert numbers(folder) == before
-    study.main([*argv, "--likelihood-images", "11"])
-    after = numbers(folder)
-    assert after.pop("likelihood")["n"] == 11 and before.pop("likelihood")["n"] == 9
-    assert after == before
-    (folder / "checkpoint.pt").unlink()
-    with pytest.raises(common.UserError, match="no weights"):
-        study.main([*argv, "--likelihood-images", "12"])
+    study.main([*argv[:-1], str(tmp_path / "whole")])
+    a, b = (next((tmp_path / d).glob("vae_mnist/glyphs/*/seed_0")) for d in ["killed", "whole"])
+    assert numbers(a) == numbers(b)
+
+
+def test_after_kill_9_the_same_command_continues(tmp_path):
+    argv = [*SMOKE, "--latent-dim", "2", "--epochs", "300", "--out-dir", str(tmp_path)]
+    process = subprocess.Popen([sys.executable, str(ROOT / "vae_mnist.py"), *argv],
+                               stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    while not list(tmp_path.rglob("checkpoint.pt")) and process.poll() is None:
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    folder = next(tmp_path.rglob("checkpoint.pt")).parent
+    run = common.Run(folder, json.loads((folder / "config.json").read_text()))
+    run.restore(model=study.VAE(run.config))
+    assert 1 <= len(run.history) < 300

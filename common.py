@@ -1,0 +1,909 @@
+"""What the four studies share so that their numbers can be compared, and the plumbing.
+
+Models, objectives and training loops are not here: each script shows its own. Everywhere, images x
+are (N, 1, 28, 28) float32 in [0, 1], labels y (N,) int64 in 0..9, features (N, 64) float32 of the
+metric classifier, and losses nats per image.
+"""
+
+import argparse
+import csv
+import functools
+import hashlib
+import io
+import json
+import math
+import os
+import platform
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
+import zlib
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from tqdm import tqdm
+
+warnings.filterwarnings("ignore", message=".*torch.jit.script.* is deprecated")  # torch's own use
+HERE = Path(__file__).resolve().parent
+DATASETS = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "glyphs": "glyphs"}
+
+
+# ------------------------------------------------------------------------------- Flags and errors
+
+
+class UserError(Exception):
+    """A mistake that the user can mend: one line with the value, what is allowed, the next step."""
+
+
+class Diverged(UserError):
+    """A loss is no longer finite. That ends its run; the other runs of a sweep go on."""
+
+
+class Parser(argparse.ArgumentParser):
+    """The flags that every script has. A bad value is one line and exit status 2."""
+
+    def __init__(self, doc: str, epochs: int, batch_size: int, lr):
+        super().__init__(description=doc.splitlines()[0], allow_abbrev=False,
+                         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        flag = self.add_argument
+        data_dir = os.environ.get("MNIST_DATA_DIR") or "data"
+        flag("--dataset", choices=DATASETS, help="not given: mnist, or glyphs if there is none")
+        flag("--data-dir", default=data_dir, help="torchvision's folder, filled on first use")
+        flag("--out-dir", default="results", help="run folders and reports go below it")
+        flag("--epochs", type=number(int, 1), default=epochs, help="passes over the training set")
+        flag("--batch-size", type=number(int, 1), default=batch_size, help="images per step")
+        flag("--lr", type=number(float, 1e-9, 100), default=lr, help="learning rate at the start",
+             nargs="+" if isinstance(lr, list) else None)
+        flag("--seeds", type=number(int, 0, 2**31), nargs="+", default=[0], help="one run for each")
+        flag("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto",
+             help="auto: the fastest there is")
+        flag("--precision", choices=["float32", "bfloat16"], default="float32",
+             help="of the networks in training; everything measured is float32")
+        flag("--train-size", type=number(int, 1), help="train on N images, drawn by the seed")
+        flag("--fresh", action="store_true", help="delete the run folders and start over")
+        flag("--report-only", action="store_true", help="no training: the report of finished runs")
+        flag("--shard", type=shard, default="0/1", metavar="K/N", help="every Nth run from the Kth")
+        flag("--compile", action="store_true", help="torch.compile; a CPU needs a C++ compiler")
+        flag("--tensorboard", action="store_true", help="write logs for TensorBoard too")
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+
+def number(kind: type, low: float, high: float = 1e9):
+    """An argparse type: an int or a float from low to high."""
+
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan  # fails the comparison below, as a nan that was typed does
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not {kind.__name__} from {low:g} to {high:.10g}")
+        return value
+
+    return parse
+
+
+def shard(text: str) -> slice:
+    """An argparse type: "1/4" is every fourth run, beginning with the second."""
+    k, _, n = text.partition("/")
+    if not (k.isdecimal() and n.isdecimal() and int(k) < int(n)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not K/N with 0 <= K < N, such as 0/4")
+    return slice(int(k), None, int(n))
+
+
+def guard(main) -> None:
+    """Run a script's main; a UserError, Ctrl-C and SIGTERM are one line instead of a traceback."""
+
+    def stopped(number: int, _) -> None:
+        print("stopped; the same command (without --fresh) continues", file=sys.stderr)
+        sys.exit(128 + number)  # 130 for Ctrl-C, 143 for SIGTERM
+
+    signal.signal(signal.SIGINT, stopped)
+    signal.signal(signal.SIGTERM, stopped)  # how a cluster takes its machine back
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+# --------------------------------------------------------------------- Device, seeds and progress
+
+
+def pick_device(name: str) -> torch.device:
+    """The device asked for, "auto": the fastest. Raises UserError if this machine has none."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+                 "cpu": True, "auto": True}
+    if not available[name]:
+        raise UserError(f"--device {name}: torch finds none on this machine; take --device auto")
+    if name == "auto":
+        name = next(device for device in available if available[device])
+    torch.backends.cuda.matmul.allow_tf32 = False  # TF32 keeps ten bits: not what float32 means
+    torch.backends.cudnn.allow_tf32 = False
+    return torch.device(name)
+
+
+def seed_from(*key: int | str) -> int:
+    """A 63-bit seed from a key such as (seed, "noise", epoch): a stream for every purpose."""
+    entropy = [zlib.crc32(part.encode()) if isinstance(part, str) else part for part in key]
+    return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]) >> 1
+
+
+def generator(*key: int | str) -> torch.Generator:
+    """A CPU generator for that key: it draws the same numbers whatever the device."""
+    return torch.Generator().manual_seed(seed_from(*key))
+
+
+def cosine(rate: float, epoch: int, epochs: int) -> float:
+    """The learning rate of an epoch (the first is 1): half a cosine from `rate` down to 0."""
+    return rate * 0.5 * (1 + math.cos(math.pi * (epoch - 1) / epochs))
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def compiled(function, on: bool, device: torch.device):
+    """torch.compile(function) if `on`; on CUDA with CUDA graphs, which reuse their outputs."""
+    mode = "reduce-overhead" if device.type == "cuda" else "default"
+    return torch.compile(function, mode=mode) if on else function
+
+
+def progress(items, title: str):
+    """Iterate behind a progress bar; in a log file one line says what begins."""
+    if not sys.stderr.isatty():
+        print(f"{title} ...", flush=True)
+    return tqdm(items, title, disable=None, leave=False)
+
+
+# ------------------------------------------------------------------------------------------- Data
+
+
+class Data(NamedTuple):
+    """A dataset in memory: 60,000 training and 10,000 test images with their labels."""
+
+    name: str
+    x_train: Tensor
+    y_train: Tensor
+    x_test: Tensor
+    y_test: Tensor
+
+
+def load_data(dataset: str | None, data_dir: str) -> Data:
+    """The named dataset; where neither it nor a folder is named, MNIST or else glyphs.
+
+    Raises UserError with the true cause if that cannot be had.
+    """
+    if dataset == "glyphs":
+        return glyphs()
+    import torchvision.datasets  # takes a second, and glyphs do not need it
+
+    name = DATASETS[dataset or "mnist"]
+    dataset_class = getattr(torchvision.datasets, name)
+    try:
+        parts = [dataset_class(data_dir, train=train, download=True) for train in (True, False)]
+        for part, n in zip(parts, [60_000, 10_000], strict=True):
+            if part.data.shape != (n, 28, 28) or part.targets.shape != (n,):
+                raise ValueError(f"{len(part.targets)} labels of images {tuple(part.data.shape)}")
+    except Exception as error:  # no network, a full disk, a foreign file: torchvision raises many
+        cause = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        message = (f"no {name} in {data_dir}, and it cannot be downloaded ({cause}); expected: "
+                   f"torchvision's four files in {Path(data_dir, name, 'raw')}")
+        if dataset or data_dir != "data":
+            raise UserError(message) from None
+        print(f"warning: {message}; using the built-in glyphs", file=sys.stderr)
+        return glyphs()
+    x_train, x_test = (part.data[:, None].float() / 255 for part in parts)
+    return Data(dataset or "mnist", x_train, parts[0].targets, x_test, parts[1].targets)
+
+
+def split(data: Data, config: dict, n_val: int = 5000) -> dict[str, Tensor]:
+    """Indices of the run's training images and of n_val others for validation, by its seed."""
+    left = len(data.x_train) - n_val
+    if config["train_size"] > left:
+        raise UserError(f"--train-size {config['train_size']}: at most {left}, because {n_val} of "
+                        f"{len(data.x_train)} images are for validation")
+    order = torch.randperm(len(data.x_train), generator=generator(config["seed"], "split"))
+    return {"val": order[:n_val], "train": order[n_val:n_val + config["train_size"]]}
+
+
+@functools.lru_cache(1)
+def glyphs() -> Data:
+    """60,000 + 10,000 digits drawn from matplotlib's fonts; needs no file and no network."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    names = ("DejaVuSans DejaVuSans-Bold DejaVuSans-Oblique DejaVuSansMono DejaVuSerif "
+             "DejaVuSerif-Bold DejaVuSerif-Italic STIXGeneral STIXGeneralItalic STIXGeneralBol "
+             "cmr10 cmss10 cmtt10")
+    faces = []  # each digit in 13 fonts and three stroke widths
+    for name in names.split():
+        file = Path(matplotlib.get_data_path(), f"fonts/ttf/{name}.ttf")
+        font = ImageFont.truetype(str(file), 52)
+        for width in range(3):
+            for digit in "0123456789":
+                picture = Image.new("L", (64, 64))
+                ImageDraw.Draw(picture).text((32, 32), digit, 255, font, "mm", stroke_width=width)
+                faces.append(np.asarray(picture, np.float32) / 255)
+    faces = torch.from_numpy(np.stack(faces))[:, None]  # (390, 1, 64, 64)
+    faces = F.avg_pool2d(faces, 3, 1, 1)  # soft edges survive shrinking
+
+    g = generator(0, "glyphs")
+    y = torch.arange(70_000) % 10
+    y = torch.cat([y[:60_000][torch.randperm(60_000, generator=g)],
+                   y[60_000:][torch.randperm(10_000, generator=g)]])
+    face = torch.randint(39, (70_000,), generator=g) * 10 + y
+
+    def uniform(low: float, high: float, *shape: int) -> Tensor:
+        return low + (high - low) * torch.rand(70_000, *shape, generator=g)
+
+    # an affine map of each image: rotation, shear, scale (above 1 shrinks the digit), shift
+    angle, shear, slant = uniform(-0.6, 0.6), uniform(-0.5, 0.5), uniform(-0.3, 0.3)
+    scale_x, scale_y = uniform(0.9, 1.5), uniform(0.9, 1.35)
+    row_x = [scale_x * angle.cos(), -scale_x * angle.sin() + shear, uniform(-0.15, 0.15)]
+    row_y = [scale_y * angle.sin() + slant, scale_y * angle.cos(), uniform(-0.15, 0.15)]
+    affine = torch.stack([*row_x, *row_y], 1).view(-1, 2, 3)
+    bend = uniform(-0.3, 0.3, 2, 4, 4)  # a smooth displacement field: no two strokes are alike
+    x = []
+    for part in torch.arange(70_000).split(5000):
+        field = F.interpolate(bend[part], 28, mode="bilinear", align_corners=True)
+        grid = F.affine_grid(affine[part], [5000, 1, 28, 28], align_corners=False)
+        grid = grid + field.permute(0, 2, 3, 1)
+        x.append(F.grid_sample(faces[face[part]], grid, align_corners=False))
+    x = (torch.cat(x) * 255).round().clamp(0, 255) / 255
+    return Data("glyphs", x[:60_000], y[:60_000], x[60_000:], y[60_000:])
+
+
+# ----------------------------------------------------------------- The metric classifier, metrics
+
+
+class MetricClassifier(nn.Module):
+    """A small CNN (116,000 weights). Its 64 penultimate features are what the metrics compare."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(1, 24, 3, padding=1, bias=False), nn.MaxPool2d(2),
+            nn.BatchNorm2d(24), nn.ReLU(),  # (B, 24, 14, 14)
+            nn.Conv2d(24, 48, 3, padding=1, bias=False), nn.MaxPool2d(2),
+            nn.BatchNorm2d(48), nn.ReLU(),  # (B, 48, 7, 7)
+            nn.Conv2d(48, 72, 3, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(72), nn.ReLU(),  # (B, 72, 4, 4)
+            nn.Flatten(), nn.Dropout(0.3), nn.Linear(72 * 16, 64, bias=False),
+            nn.BatchNorm1d(64), nn.ReLU())
+        self.head = nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits, (B, 10)."""
+        return self.head(self.body(x.contiguous(memory_format=torch.channels_last)))
+
+    @torch.inference_mode()
+    def predict(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Features (N, 64) and class probabilities (N, 10) of images, on the CPU."""
+        assert not self.training, "the metric classifier measures in eval mode"
+        device = self.head.weight.device
+        features, probs = [], []
+        for chunk in x.split(1000):
+            features.append(self.body(chunk.to(device, memory_format=torch.channels_last)).cpu())
+            probs.append(self.head(features[-1].to(device)).softmax(1).cpu())
+        return torch.cat(features), torch.cat(probs)
+
+
+def train_classifier(x: Tensor, y: Tensor, device: torch.device, *key: int | str, steps: int,
+                     augment: str | None = None) -> MetricClassifier:
+    """A classifier of images x with labels y, in eval mode on the device.
+
+    `key` seeds weights and batches. augment "shift" moves every batch by up to two pixels (digits),
+    "flip" mirrors half of it (fashion). Plain cross-entropy: p >= 0.9 must mean something.
+    """
+    g, n = generator(*key), len(x)
+    batch_size = min(128, n)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed_from(*key))
+        model = MetricClassifier().to(device, memory_format=torch.channels_last).train()
+        x, y = x.to(device), y.to(device)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.02,
+                                      fused=device.type != "mps")
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.01, total_steps=steps,
+                                                       pct_start=0.2)
+        for step in progress(range(steps), "training a classifier"):
+            position = step % (n // batch_size)
+            if position == 0:  # a new epoch
+                order = torch.randperm(n, generator=g).to(device)
+            batch = order[position * batch_size:(position + 1) * batch_size]
+            images, half = x[batch], batch_size // 2
+            if augment == "flip":
+                images = torch.cat([images[:half], images[half:].flip(3)])
+            elif augment == "shift":
+                images = images.roll(torch.randint(-2, 3, (2,), generator=g).tolist(), (2, 3))
+            loss = F.cross_entropy(model(images), y[batch])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    return model.eval()
+
+
+def load_classifier(data: Data, device: torch.device) -> MetricClassifier:
+    """The metric classifier of a dataset from results/classifiers; trained once if it is missing.
+
+    `accuracy` is that on the test images, `sha256` that of its file: the numbers of two
+    classifiers do not compare.
+    """
+    path = HERE / f"results/classifiers/{data.name}.pt"
+    if not path.is_file():
+        print(f"no {path}: training it, a minute or two on two cores", flush=True)
+        model = train_classifier(
+            data.x_train, data.y_train, device, "classifier", data.name,
+            steps=8 * (len(data.x_train) // 128),  # eight epochs
+            augment="flip" if data.name == "fashion-mnist" else "shift")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_torch(path, model.half().cpu().state_dict())  # half the size, the same accuracy
+    model = MetricClassifier()
+    model.load_state_dict(torch.load(path, weights_only=True))
+    model = model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    model.sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    predicted = model.predict(data.x_test)[1].argmax(1)
+    model.accuracy = (predicted == data.y_test).double().mean().item()
+    return model
+
+
+def frechet_distance(a: Tensor, b: Tensor) -> float:
+    """Fréchet distance ("FID") of features a (N, D) and b (M, D), in squared feature units.
+
+    |mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a^1/2 S_b S_a^1/2)^1/2), covariances with N - 1, float64.
+    Biased upwards for small N and M: report its floor, the distance of two sets of real images.
+    Source: Dowson and Landau 1982; Heusel et al. 2017, arXiv:1706.08500.
+    """
+    a, b = a.cpu().double(), b.cpu().double()
+    cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
+    # symmetric eigenvalues keep the square root real, also with fewer samples than dimensions
+    values, vectors = torch.linalg.eigh(cov_a)
+    root_a = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    cross = torch.linalg.eigvalsh(root_a @ cov_b @ root_a).clamp(min=0).sqrt().sum()
+    means = (a.mean(0) - b.mean(0)).square().sum()
+    return float(means + cov_a.trace() + cov_b.trace() - 2 * cross)
+
+
+
+
+# ------------------------------------------------------------------------------------- Likelihood
+
+
+@torch.no_grad()
+def laplace(decoder, x: Tensor, mu: Tensor, residual, weight, widen: float = 1.2, rounds: int = 3,
+            codes: int = 8, directions: int = 40) -> tuple[Tensor, Tensor]:
+    """Gaussian proposals for p(z | x) of images x (B, P) under the prior N(0, I).
+
+    Returns the means (B, d) and the Cholesky factors of the precisions (B, d, d). mu (B, d) is
+    where to begin. decoder maps codes (N, d) to outputs (N, P); for log p(x | z),
+    residual(output, x) is the gradient by the output and weight(output) minus the second
+    derivative, both (N, P).
+
+    A Laplace approximation takes gradient and curvature at the posterior's mode. Here both are
+    averaged over codes from the current Gaussian, in rounds of variational Gauss-Newton. On
+    validation images the effective sample size was 4 to 8 times that of the mode's curvature.
+    Source: Khan et al. 2018, arXiv:1806.04854.
+    """
+    d = mu.shape[1]
+    identity = torch.eye(d, device=x.device, dtype=mu.dtype)
+    noise = torch.randn(rounds, codes // 2, d, generator=generator("proposal"), dtype=mu.dtype)
+    noise = torch.cat([noise, -noise], 1).mT.to(x.device)  # (rounds, d, codes), for every image
+
+    def scaled_jacobian(z: Tensor, basis: Tensor) -> Tensor:
+        """W^1/2 J basis at codes z (N, d) for directions basis (N, d, r): (N, P, r)."""
+        def derivative(code, direction):
+            return torch.func.jvp(lambda c: decoder(c[None])[0], (code,), (direction,))[1]
+        of_one_code = torch.func.vmap(derivative, in_dims=(None, 1), out_dims=1)
+        return torch.func.vmap(of_one_code)(z, basis) * weight(decoder(z)).sqrt()[..., None]
+
+    means, factors = [], []
+    for image, mean in zip(x.split(20), mu.split(20), strict=True):  # Jacobians need memory
+        n = len(image)
+        # J^T W J is the curvature of -log p(x | z) without its second term: never negative
+        jacobian = scaled_jacobian(mean, identity.expand(n, d, d))
+        curvature = jacobian.mT @ jacobian  # (n, d, d)
+        # only the directions of largest curvature are averaged; the others stay as they are
+        basis = torch.linalg.eigh(curvature)[1][..., -directions:]  # (n, d, r)
+        others = curvature - basis @ (basis.mT @ curvature @ basis) @ basis.mT
+        for t in range(rounds):
+            # with the precision L L^T, mean + L^-T noise are codes of the current Gaussian
+            factor = torch.linalg.cholesky(identity + curvature)
+            away = torch.linalg.solve_triangular(factor.mT, noise[t].expand(n, -1, -1), upper=True)
+            z = (mean[..., None] + away).mT.flatten(0, 1)  # (n codes, d)
+
+            jacobian = scaled_jacobian(z, basis.repeat_interleave(codes, 0))
+            jacobian = jacobian.reshape(n, -1, basis.shape[2])  # (n, codes P, r)
+            new = others + basis @ (jacobian.mT @ jacobian / codes) @ basis.mT
+            output, pull_back = torch.func.vjp(decoder, z)
+            gradient = pull_back(residual(output, image.repeat_interleave(codes, 0)))[0]
+            gradient = gradient.view(n, codes, d).mean(1) - mean  # the prior's is -z
+
+            rate = (t + 1) ** -0.5
+            curvature = (1 - rate) * curvature + rate * new
+            newton = torch.linalg.solve(identity + curvature, gradient[..., None])[..., 0]
+            mean = mean + rate * newton
+        means.append(mean)
+        # a little wider than the posterior, but nowhere wider than the prior
+        factors.append(torch.linalg.cholesky(identity + curvature / widen))
+    return torch.cat(means), torch.cat(factors)
+
+
+@torch.no_grad()
+def importance_sampling(log_px, mean: Tensor, factor: Tensor, k: int, prior: float = 0.1,
+                        rows: int = 5000) -> tuple[Tensor, Tensor]:
+    """log p(x) and the effective sample size of B images by k codes each, (B,) float64 each.
+
+    log_px maps codes (K, B, d) to log p(x | z), (K, B). A share `prior` of the codes is from
+    N(0, I), the others from N(mean, (L L^T)^-1) with the factor L. All are weighed by this mixture,
+    so that no weight is huge. About `rows` codes are decoded at a time. In expectation a lower
+    bound, loose where the effective sample size is small. Source: Hesterberg 1995.
+    """
+    n, d = mean.shape
+    log_joint, log_near, log_prior, n_prior = [], [], [], 0
+    for noise_count in torch.arange(k).split(max(1, rows // n)):
+        count = len(noise_count)
+        from_prior = round(prior * count)
+        n_prior += from_prior
+        noise = torch.randn(count, n, d, device=mean.device, dtype=mean.dtype)
+        away = torch.linalg.solve_triangular(
+            factor.mT, noise[from_prior:].permute(1, 2, 0), upper=True)  # (B, d, codes)
+        z = torch.cat([noise[:from_prior], mean + away.permute(2, 0, 1)])  # (count, B, d)
+
+        # log-densities less the constant that they have in common
+        prior_density = -0.5 * z.square().sum(-1)
+        whitened = torch.einsum("kbd,bde->kbe", z - mean, factor)
+        determinant = factor.diagonal(dim1=1, dim2=2).log().sum(1)
+        log_joint.append((log_px(z) + prior_density).cpu().double())
+        log_near.append((determinant - 0.5 * whitened.square().sum(-1)).cpu().double())
+        log_prior.append(prior_density.cpu().double())
+    shares = torch.tensor([k - n_prior, n_prior]).double().div(k).log()
+    log_q = torch.logaddexp(torch.cat(log_near) + shares[0], torch.cat(log_prior) + shares[1])
+    log_w = torch.cat(log_joint) - log_q  # (k, B)
+    effective = (2 * log_w.logsumexp(0) - (2 * log_w).logsumexp(0)).exp()
+    return log_w.logsumexp(0) - math.log(k), effective
+
+
+# ------------------------------------------------------------------------------------ Runs on disk
+
+
+class Run:
+    """One training run on disk: its folder, resume and log. The training stays in the script.
+
+    config has "seed", "epochs" and "batch_size", and identifies the run. A large state may be saved
+    every `save_every` epochs. Raises UserError if the folder holds a run of another configuration.
+    """
+
+    def __init__(self, folder: Path, config: dict, fresh: bool = False, save_every: int = 1,
+                 tensorboard: bool = False):
+        self.folder, self.config, self.save_every = folder, config, save_every
+        self.name = "/".join(folder.parts[-2:])
+        self.history, self.best, self.seconds, self.board = [], None, 0.0, None
+        if fresh and folder.exists():
+            try:
+                shutil.rmtree(folder)
+            except OSError as error:
+                raise UserError(f"{folder} cannot be deleted: {error.strerror}") from None
+        file = folder / "config.json"
+        if file.exists() and load_json(file) != config:
+            raise UserError(f"{folder} holds a run of another configuration; --fresh replaces it, "
+                            "another --out-dir keeps it")
+        save_json(file, config)
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # pip install tensorboard
+            self.board = SummaryWriter(str(folder / "logs"))
+
+    def restore(self, **parts) -> None:
+        """Put the checkpoint, if there is one, into the parts: whatever has a state_dict."""
+        self.parts = parts
+        if (self.folder / "checkpoint.pt").exists():
+            self.history, self.best = self.load("checkpoint.pt", parts)["run"]
+
+    def load_best(self, **parts) -> int:
+        """Put the weights of the best epoch into the parts. Returns that epoch."""
+        return self.load("best_model.pt", parts)["epoch"]
+
+    def load(self, name: str, parts: dict) -> dict:
+        try:  # weights_only: nothing in the file is executed
+            saved = torch.load(self.folder / name, map_location="cpu", weights_only=True)
+            for key, part in parts.items():
+                part.load_state_dict(saved[key])
+        except Exception:  # a bad zip, a refused pickle, another net: torch raises many
+            raise UserError(f"{self.folder / name} is corrupt or not of this run; --fresh starts "
+                            "it over") from None
+        return saved
+
+    def epochs(self):
+        """The epochs still to train, from 1, behind a progress bar. Each seeds torch's noise."""
+        first, last = len(self.history) + 1, self.config["epochs"]
+        print(f"training {self.name}, epochs {first} to {last}", flush=True)
+        self.bar = tqdm(total=last, initial=first - 1, disable=None, leave=False)
+        for epoch in range(first, last + 1):
+            torch.manual_seed(seed_from(self.config["seed"], "noise", epoch))
+            yield epoch
+        self.bar.close()
+
+    def batches(self, n: int, device: torch.device, drop_last: bool = True):
+        """The indices of each batch, shuffled by (seed, epoch); a smaller last one is left out."""
+        g = generator(self.config["seed"], "order", len(self.history) + 1)
+        order = torch.randperm(n, generator=g).to(device)
+        size = min(self.config["batch_size"], n)
+        start = time.perf_counter()
+        yield from order[:n // size * size if drop_last else n].split(size)
+        if device.type == "cuda":
+            torch.cuda.synchronize()  # its steps may still be running
+        self.seconds = time.perf_counter() - start
+
+    def log(self, row: dict[str, float], best=None) -> None:
+        """End an epoch: history, log, checkpoint, and best_model.pt if `best`, a number or a tuple,
+        is the lowest so far. Raises Diverged if a number is not finite.
+        """
+        epoch, last = len(self.history) + 1, self.config["epochs"]
+        row = {"epoch": epoch, **row, "seconds": self.seconds}
+        if not all(map(math.isfinite, row.values())):
+            raise Diverged(f"a loss of {self.name} is not finite in epoch {epoch}; its folder "
+                           "keeps the epoch before; try a lower --lr with --fresh")
+        self.history.append(row)
+        states = {name: part.state_dict() for name, part in self.parts.items()}
+        if best is not None and (self.best is None or best < self.best):
+            self.best = best
+            weights = {k: v for k, v in states.items() if isinstance(self.parts[k], nn.Module)}
+            save_torch(self.folder / "best_model.pt", {"epoch": epoch, **weights})
+        save_csv(self.folder / "history.csv", self.history)
+        if self.board:
+            for name, value in row.items():
+                self.board.add_scalar(name, value, epoch)
+
+        losses = [f"{key} {row[key]:.2f}" for key in row if key.endswith(("loss", "fid"))]
+        line = f"epoch {epoch}/{last}  {'  '.join(losses)}"
+        self.bar.set_description(line, refresh=False)
+        self.bar.update()
+        if self.bar.disable:  # not a terminal but a log file
+            left = (last - epoch) * self.seconds / 60
+            print(f"{line}  {self.seconds:.1f} s, {left:.0f} min left", flush=True)
+        with open(self.folder / "training.log", "a", encoding="utf-8") as file:
+            print(line, file=file)
+        if epoch % self.save_every == 0 or epoch == last:  # the last write of an epoch
+            save_torch(self.folder / "checkpoint.pt", {"run": (self.history, self.best), **states})
+
+
+def save(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all. Raises UserError if the disk is full or read-only.
+
+    The temporary name has the process's number: two processes on one folder do no harm.
+    """
+    temporary = path.with_name(f".{os.getpid()}-{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary.exists():
+            temporary.unlink()
+        raise UserError(f"{path} cannot be written: {error.strerror}; make room, or take another "
+                        "--out-dir") from None
+
+
+def save_text(path: Path, text: str) -> None:
+    save(path, text.encode())
+
+
+def save_json(path: Path, value: dict) -> None:
+    save_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def load_json(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def save_csv(path: Path, rows: list[dict]) -> None:
+    """A column for every key, in the order of first use; empty where a row lacks it."""
+    columns = {key: None for row in rows for key in row}
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(columns), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    save_text(path, text.getvalue())
+
+
+def save_torch(path: Path, value: dict) -> None:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    save(path, buffer.getvalue())
+
+
+def environment(device: torch.device) -> dict:
+    """Where and how numbers were made: beside seconds all that may differ between equal runs."""
+    name = platform.processor()
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    elif Path("/proc/cpuinfo").exists():
+        name = re.findall(r"model name\s*: (.*)|$", Path("/proc/cpuinfo").read_text())[0]
+    git = shutil.which("git") and subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=HERE, text=True, capture_output=True)
+    return {"command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "commit": git.stdout.strip() if git else "unknown",
+            "device": f"{device.type}: {name}", "threads": torch.get_num_threads(),
+            "torch": torch.__version__, "numpy": np.__version__,
+            "python": platform.python_version(), "date": time.strftime("%Y-%m-%d")}
+
+
+def finished_runs(root: Path) -> list[dict]:
+    """The config, metrics and folder of every finished run below root; copies count once.
+
+    Raises UserError if there is none.
+    """
+    runs = {}
+    for file in sorted(root.glob("*/*/final_metrics.json")):
+        config = load_json(file.with_name("config.json"))
+        run = {"config": config, "metrics": load_json(file), "folder": file.parent}
+        runs.setdefault(str(config), run)
+    if not runs:
+        raise UserError(f"no finished run in {root}; run without --report-only first")
+    return list(runs.values())
+
+
+def flat(metrics: dict, prefix: str = "") -> dict[str, float]:
+    """Every number of a run's metrics by its dotted name, such as "likelihood.nll"."""
+    numbers = {}
+    for key, value in metrics.items():
+        if isinstance(value, dict):
+            numbers |= flat(value, f"{prefix}{key}.")
+        elif isinstance(value, int | float):
+            numbers[prefix + key] = value
+    return numbers
+
+
+def suffix(config: dict, **defaults) -> str:
+    """The end of a run's name, such as '_epochs30_n500': its settings that are not the default."""
+    short = {"epochs": "epochs", "batch_size": "batch", "train_size": "n", "precision": ""}
+    changed = [key for key in defaults if config[key] != defaults[key]]
+    return "".join(f"_{short[key]}{config[key]}" for key in changed)
+
+
+# ----------------------------------------------------------------------------------------- Tables
+#
+# A script's rows(runs) returns: row name, a tuple of texts -> seed -> numbers by key. The row of
+# real images has the seed None. A column is (title, key, digits).
+
+
+def mean_std(values, digits: int = 2) -> str:
+    """'0.97 ± 0.03': mean and standard deviation (n - 1) where the values differ."""
+    text = f"{np.mean(values):.{digits}f}"
+    if np.ptp(values) > 0:
+        text += f" ± {np.std(values, ddof=1):.{digits}f}"
+    return text.replace("-", "−")
+
+
+def markdown_table(lines: list[list[str]], n_text: int) -> str:
+    """The first line is the header, the first n_text columns are text. Reads as plain text too."""
+    rule = [":--"] * n_text + ["--:"] * (len(lines[0]) - n_text)
+    lines = [lines[0], rule, *lines[1:]]
+    columns = []
+    for i, cells in enumerate(zip(*lines, strict=True)):
+        width = max(map(len, cells))
+        columns.append([c.ljust(width) if i < n_text else c.rjust(width) for c in cells])
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in zip(*columns, strict=True))
+
+
+def cell(seeds: dict, key: str, digits: int) -> str:
+    """A number over the seeds of a row as `mean_std`, "–" if none has it; a text as it is."""
+    values = [numbers[key] for numbers in seeds.values() if key in numbers]
+    if values and isinstance(values[0], str):
+        return values[0]
+    return mean_std(values, digits) if values else "–"
+
+
+def results_table(rows: dict, names: list[str], columns: list[tuple]) -> str:
+    """A line for each row: its name, n seeds, and a cell for every column."""
+    lines = [[*names, "n", *(title for title, _, _ in columns)]]
+    for name, seeds in rows.items():
+        cells = [cell(seeds, key, digits) for _, key, digits in columns]
+        lines.append([*name, "" if None in seeds else str(len(seeds)), *cells])
+    return markdown_table(lines, len(names))
+
+
+def difference(rows: dict, a: tuple, b: tuple, key: str, digits: int) -> tuple[int, str, str, int]:
+    """a - b, paired by the seeds that both have: sign, mean, 95 % t-interval and n.
+
+    The sign is 0 if the interval includes zero. One seed has no interval and is judged by its value.
+    """
+    from scipy.stats import ttest_rel  # takes a second
+
+    of_a, of_b = rows.get(a, {}), rows.get(b, {})
+    seeds = [seed for seed in of_a if key in of_a[seed] and key in of_b.get(seed, {})]
+    values_a = np.array([of_a[seed][key] for seed in seeds])
+    values_b = np.array([of_b[seed][key] for seed in seeds])
+    if not seeds:
+        return 0, "–", "", 0
+    mean, interval = (values_a - values_b).mean(), ""
+    sign = int(np.sign(mean))
+    if len(seeds) > 1:
+        low, high = ttest_rel(values_a, values_b).confidence_interval(0.95)
+        interval = f"{low:+.{digits}f} to {high:+.{digits}f}".replace("-", "−")
+        if low <= 0 <= high:
+            sign = 0
+    return sign, f"{mean:+.{digits}f}".replace("-", "−"), interval, len(seeds)
+
+
+def contrast(a: tuple, b: tuple) -> tuple[str, str, str]:
+    """What two row names share, and what each has alone."""
+    shared = ", ".join(part for part in a if part in b)
+    return shared, " ".join(p for p in a if p not in b), " ".join(p for p in b if p not in a)
+
+
+def paired_table(rows: dict, pairs: list[tuple], columns: list[tuple]) -> str:
+    """A line for each pair (a, b) of row names: mean difference and 95 % t-interval over the seeds
+    that both have, bold where that excludes zero. Pairs that are not in rows are left out.
+    """
+    lines = [["difference, paired by seed", "n", *(title for title, _, _ in columns)]]
+    for a, b in pairs:
+        shared, only_a, only_b = contrast(a, b)
+        cells, counts = [], []
+        for _, key, digits in columns:
+            sign, mean, interval, n = difference(rows, a, b, key, digits)
+            counts.append(n)
+            if interval:
+                mean = f"**{mean}** ({interval})" if sign else f"{mean} ({interval})"
+            cells.append(mean)
+        if max(counts) > 0:
+            lines.append([f"{shared}: {only_a} − {only_b}", str(max(counts)), *cells])
+    return markdown_table(lines, 1) if len(lines) > 1 else ""
+
+
+def verdict(rows: dict, a: tuple, b: tuple, title: str, key: str, digits: int) -> str:
+    """'A has a lower FID than B (−0.23, 95 % interval −0.30 to −0.16, n=3)', or that they cannot be
+    told apart; '' where they have no seed in common.
+    """
+    sign, mean, interval, n = difference(rows, a, b, key, digits)
+    shared, only_a, only_b = contrast(a, b)
+    if n == 0:
+        return ""
+    text = f"{only_a} has a {'lower' if sign < 0 else 'higher'} {title} than {only_b}"
+    if sign == 0:
+        text = f"{only_a} and {only_b} cannot be told apart in {title}"
+    interval = f", 95 % interval {interval}" if interval else ""
+    return f"{shared}: {text} ({mean}{interval}, n={n})."
+
+
+def save_results(path: Path, rows: dict, names: list[str]) -> None:
+    """results.csv: a line for each row and seed, with every number."""
+    lines = []
+    for name, seeds in rows.items():
+        for seed, numbers in seeds.items():
+            lines.append({**dict(zip(names, name, strict=True)), "seed": seed, **numbers})
+    save_csv(path, lines)
+
+
+def how_made(runs: list[dict]) -> str:
+    """The end of a report: device, versions, minutes and commands, each said once."""
+    made = [run["metrics"]["environment"] | run["config"] for run in runs]
+
+    def all_of(key: str) -> str:
+        return ", ".join(sorted({str(one[key]) for one in made}))
+
+    minutes = [run["metrics"]["seconds_train"] / 60 for run in runs]
+    commands = sorted({re.sub(r" --(seeds( \d+)+|fresh)", "", one["command"]) for one in made})
+    return (f"Trained in {all_of('precision')}, {min(minutes):.1f} to {max(minutes):.1f} minutes a "
+            f"run. Device: {all_of('device')}, threads: {all_of('threads')}, torch: "
+            f"{all_of('torch')}, commits: {all_of('commit')}. Commands, without seeds:\n\n```\n"
+            + "\n".join(commands) + "\n```\n")
+
+
+# ---------------------------------------------------------------------------------------- Figures
+
+
+def save_figure(path: Path, figure: Figure) -> None:
+    """PNG without a date or a version in it: the same numbers give the same bytes."""
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=100, bbox_inches="tight", metadata={"Software": None})
+    save(path, picture.getvalue())
+
+
+def save_grid(path: Path, x: Tensor, columns: int, title: str, row_labels=(), framed=()) -> None:
+    """Images (N, 1, 28, 28) in [0, 1] in rows of `columns`, black on white like ink.
+
+    row_labels name the rows; the images with the indices `framed` have a grey border.
+    """
+    rows = math.ceil(len(x) / columns)
+    tiles = torch.zeros(rows * columns, 30, 30)  # a border of one pixel
+    tiles[framed] = 0.5
+    tiles[:len(x), 1:-1, 1:-1] = x[:, 0].cpu()
+    picture = 1 - tiles.view(rows, columns, 30, 30).transpose(1, 2).reshape(rows * 30, -1)
+    figure = Figure(figsize=(0.42 * columns, 0.42 * rows))
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.imshow(picture.numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    axes.set_title(title, fontsize=9)
+    axes.set_xticks([])
+    axes.set_yticks(30 * np.arange(len(row_labels)) + 15, row_labels, fontsize=8)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    save_figure(path, figure)
+
+
+def plot_history(path: Path, history: list[dict], panels: dict[str, list[str]],
+                 unit: str = "nats per image") -> None:
+    """Columns of the history by epoch: a panel for each title, a line for each of its columns."""
+    figure = Figure(figsize=(4 * len(panels), 3), layout="constrained")
+    all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    history = history[len(history) // 20:]  # the first epochs would flatten the rest
+    for axes, (title, columns) in zip(all_axes, panels.items(), strict=True):
+        for column in columns:
+            rows = [row for row in history if column in row]
+            axes.plot([row["epoch"] for row in rows], [row[column] for row in rows], label=column)
+        axes.set(xlabel="epoch", ylabel=unit, title=title)
+        axes.legend(fontsize=8)
+    save_figure(path, figure)
+
+
+def plot_codes(path: Path, codes: np.ndarray, labels: np.ndarray, title: str) -> None:
+    """Codes (N, d) by class: a violin each for d = 1, the plane for d = 2, t-SNE of 2,000 above."""
+    figure = Figure(figsize=(5.5, 5))
+    axes = figure.subplots()
+    axes.set_title(title, fontsize=9)
+    if codes.shape[1] > 2:
+        from sklearn.manifold import TSNE
+        codes, labels = codes[:2000].astype(np.float64), labels[:2000]
+        codes = TSNE(random_state=0).fit_transform(codes)
+        axes.set(xticks=[], yticks=[], xlabel="t-SNE of 2,000 codes")
+    for label in range(10):
+        of_label = codes[labels == label]
+        if codes.shape[1] == 1:
+            axes.violinplot(of_label[:, 0], [label], widths=0.9)
+            axes.set(xticks=range(10), xlabel="class", ylabel="z")
+        else:
+            axes.plot(*of_label.T, ".", ms=3, alpha=0.6, label=label)
+    if codes.shape[1] > 1:
+        axes.legend(markerscale=4, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+        axes.set_aspect("equal")
+    save_figure(path, figure)
+
+
+def heat_map(path: Path, values: np.ndarray, row_labels, column_labels, title: str,
+             ideal: float | None = None) -> None:
+    """Numbers (rows, columns) in coloured cells; with an ideal red is above and blue below it."""
+    figure = Figure(figsize=(1 + 0.6 * values.shape[1], 1 + 0.3 * values.shape[0]))
+    axes = figure.subplots()
+    if ideal is None:
+        axes.imshow(values, cmap="Blues", aspect="auto", alpha=0.6)
+    else:
+        ratio = np.log(np.maximum(values, 1e-3) / ideal)
+        limit = np.nanmax(abs(ratio))
+        axes.imshow(ratio, cmap="RdBu_r", aspect="auto", alpha=0.6, vmin=-limit, vmax=limit)
+    for (row, column), value in np.ndenumerate(values):
+        axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=8)
+    axes.set_xticks(range(values.shape[1]), column_labels, fontsize=8)
+    axes.set_yticks(range(values.shape[0]), row_labels, fontsize=8)
+    axes.set_title(title, fontsize=9)
+    save_figure(path, figure)
+
+
+def plot_points(path: Path, rows: dict, key: str, title: str,
+                band: tuple[float, float] | None = None, scale: str = "linear") -> None:
+    """A number of every seed, in a line for each row; the band is where it is good."""
+    rows = {name: seeds for name, seeds in rows.items() if key in next(iter(seeds.values()))}
+    figure = Figure(figsize=(6, 1 + 0.28 * len(rows)))
+    axes = figure.subplots()
+    if band:
+        axes.axvspan(*band, color="0.9")
+    for i, seeds in enumerate(rows.values()):
+        axes.plot([numbers[key] for numbers in seeds.values()], [i] * len(seeds), "C0o", alpha=0.5)
+    labels = [f"{', '.join(name)} (n={len(seeds)})" for name, seeds in rows.items()]
+    axes.set_yticks(range(len(rows)), labels, fontsize=8)
+    axes.invert_yaxis()
+    axes.set(xlabel=title, xscale=scale)
+    axes.grid(axis="x", alpha=0.3)
+    save_figure(path, figure)
