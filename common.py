@@ -29,8 +29,11 @@ import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.colors import CenteredNorm
 from matplotlib.figure import Figure
 from torch import Tensor, nn
+from torchvision import datasets
+from torchvision.utils import make_grid
 from tqdm import tqdm
 
 warnings.filterwarnings("ignore", message=".*torch.jit.script.* is deprecated")  # torch's own use
@@ -131,8 +134,7 @@ def pick_device(name: str) -> torch.device:
         raise UserError(f"--device {name}: torch finds none on this machine; take --device auto")
     if name == "auto":
         name = next(device for device in available if available[device])
-    torch.backends.cuda.matmul.allow_tf32 = False  # TF32 keeps ten bits: not what float32 means
-    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False  # it keeps ten bits: not what float32 means
     return torch.device(name)
 
 
@@ -158,7 +160,7 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 
 def compiled(function, on: bool, device: torch.device):
-    """torch.compile(function) if `on`; on CUDA with CUDA graphs, which reuse their outputs."""
+    """torch.compile(function) if `on`. On CUDA its outputs are reused: clone what you keep."""
     mode = "reduce-overhead" if device.type == "cuda" else "default"
     return torch.compile(function, mode=mode) if on else function
 
@@ -190,10 +192,8 @@ def load_data(dataset: str | None, data_dir: str) -> Data:
     """
     if dataset == "glyphs":
         return glyphs()
-    import torchvision.datasets  # takes a second, and glyphs do not need it
-
     name = DATASETS[dataset or "mnist"]
-    dataset_class = getattr(torchvision.datasets, name)
+    dataset_class = getattr(datasets, name)
     try:
         parts = [dataset_class(data_dir, train=train, download=True) for train in (True, False)]
         for part, n in zip(parts, [60_000, 10_000], strict=True):
@@ -350,8 +350,7 @@ def load_classifier(data: Data, device: torch.device) -> MetricClassifier:
             data.x_train, data.y_train, device, "classifier", data.name,
             steps=8 * (len(data.x_train) // 128),  # eight epochs
             augment="flip" if data.name == "fashion-mnist" else "shift")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_torch(path, model.half().cpu().state_dict())  # half the size, the same accuracy
+        save(path, model.half().cpu().state_dict())  # half the size, the same accuracy
     model = MetricClassifier()
     model.load_state_dict(torch.load(path, weights_only=True))
     model = model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
@@ -376,8 +375,6 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     cross = torch.linalg.eigvalsh(root_a @ cov_b @ root_a).clamp(min=0).sqrt().sum()
     means = (a.mean(0) - b.mean(0)).square().sum()
     return float(means + cov_a.trace() + cov_b.trace() - 2 * cross)
-
-
 
 
 # ------------------------------------------------------------------------------------- Likelihood
@@ -405,10 +402,11 @@ def laplace(decoder, x: Tensor, mu: Tensor, residual, weight, widen: float = 1.2
 
     def scaled_jacobian(z: Tensor, basis: Tensor) -> Tensor:
         """W^1/2 J basis at codes z (N, d) for directions basis (N, d, r): (N, P, r)."""
-        def derivative(code, direction):
-            return torch.func.jvp(lambda c: decoder(c[None])[0], (code,), (direction,))[1]
-        of_one_code = torch.func.vmap(derivative, in_dims=(None, 1), out_dims=1)
-        return torch.func.vmap(of_one_code)(z, basis) * weight(decoder(z)).sqrt()[..., None]
+        def moved(step, code, directions):
+            return decoder((code + directions @ step)[None])[0]
+        jacobian = torch.func.vmap(torch.func.jacfwd(moved), in_dims=(None, 0, 0))
+        no_step = torch.zeros(basis.shape[2], device=z.device, dtype=z.dtype)
+        return jacobian(no_step, z, basis) * weight(decoder(z)).sqrt()[..., None]
 
     means, factors = [], []
     for image, mean in zip(x.split(20), mu.split(20), strict=True):  # Jacobians need memory
@@ -454,8 +452,9 @@ def importance_sampling(log_px, mean: Tensor, factor: Tensor, k: int, prior: flo
     """
     n, d = mean.shape
     log_joint, log_near, log_prior, n_prior = [], [], [], 0
-    for noise_count in torch.arange(k).split(max(1, rows // n)):
-        count = len(noise_count)
+    at_a_time = max(1, rows // n)
+    for start in range(0, k, at_a_time):
+        count = min(at_a_time, k - start)
         from_prior = round(prior * count)
         n_prior += from_prior
         noise = torch.randn(count, n, d, device=mean.device, dtype=mean.dtype)
@@ -491,7 +490,8 @@ class Run:
                  tensorboard: bool = False):
         self.folder, self.config, self.save_every = folder, config, save_every
         self.name = "/".join(folder.parts[-2:])
-        self.history, self.best, self.seconds, self.board = [], None, 0.0, None
+        self.history, self.best, self.best_epoch = [], None, 0
+        self.seconds, self.board = 0.0, None
         if fresh and folder.exists():
             try:
                 shutil.rmtree(folder)
@@ -501,20 +501,26 @@ class Run:
         if file.exists() and load_json(file) != config:
             raise UserError(f"{folder} holds a run of another configuration; --fresh replaces it, "
                             "another --out-dir keeps it")
-        save_json(file, config)
+        save(file, config)
         if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter  # pip install tensorboard
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise UserError("--tensorboard: pip install tensorboard first") from None
             self.board = SummaryWriter(str(folder / "logs"))
 
     def restore(self, **parts) -> None:
         """Put the checkpoint, if there is one, into the parts: whatever has a state_dict."""
         self.parts = parts
         if (self.folder / "checkpoint.pt").exists():
-            self.history, self.best = self.load("checkpoint.pt", parts)["run"]
+            saved = self.load("checkpoint.pt", parts)
+            self.history, self.best, self.best_epoch = saved["run"]
 
     def load_best(self, **parts) -> int:
         """Put the weights of the best epoch into the parts. Returns that epoch."""
-        return self.load("best_model.pt", parts)["epoch"]
+        if self.load("best_model.pt", parts)["epoch"] != self.best_epoch:
+            raise UserError(f"another process trains in {self.folder}: wait for it, then repeat")
+        return self.best_epoch
 
     def load(self, name: str, parts: dict) -> dict:
         try:  # weights_only: nothing in the file is executed
@@ -522,8 +528,8 @@ class Run:
             for key, part in parts.items():
                 part.load_state_dict(saved[key])
         except Exception:  # a bad zip, a refused pickle, another net: torch raises many
-            raise UserError(f"{self.folder / name} is corrupt or not of this run; --fresh starts "
-                            "it over") from None
+            raise UserError(f"{self.folder / name} is missing, corrupt or not of this run; --fresh "
+                            "starts it over") from None
         return saved
 
     def epochs(self):
@@ -554,15 +560,16 @@ class Run:
         epoch, last = len(self.history) + 1, self.config["epochs"]
         row = {"epoch": epoch, **row, "seconds": self.seconds}
         if not all(map(math.isfinite, row.values())):
+            self.bar.close()
             raise Diverged(f"a loss of {self.name} is not finite in epoch {epoch}; its folder "
                            "keeps the epoch before; try a lower --lr with --fresh")
         self.history.append(row)
         states = {name: part.state_dict() for name, part in self.parts.items()}
         if best is not None and (self.best is None or best < self.best):
-            self.best = best
+            self.best, self.best_epoch = best, epoch
             weights = {k: v for k, v in states.items() if isinstance(self.parts[k], nn.Module)}
-            save_torch(self.folder / "best_model.pt", {"epoch": epoch, **weights})
-        save_csv(self.folder / "history.csv", self.history)
+            save(self.folder / "best_model.pt", {"epoch": epoch, **weights})
+        save(self.folder / "history.csv", self.history)
         if self.board:
             for name, value in row.items():
                 self.board.add_scalar(name, value, epoch)
@@ -577,18 +584,32 @@ class Run:
         with open(self.folder / "training.log", "a", encoding="utf-8") as file:
             print(line, file=file)
         if epoch % self.save_every == 0 or epoch == last:  # the last write of an epoch
-            save_torch(self.folder / "checkpoint.pt", {"run": (self.history, self.best), **states})
+            run = self.history, self.best, self.best_epoch
+            save(self.folder / "checkpoint.pt", {"run": run, **states})
 
 
-def save(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all. Raises UserError if the disk is full or read-only.
-
-    The temporary name has the process's number: two processes on one folder do no harm.
+def save(path: Path, content) -> None:
+    """Write a file whole or not at all: a dict as .json, rows as .csv, tensors as .pt, else text or
+    bytes as they are. Raises UserError if the disk is full or read-only.
     """
+    buffer = io.BytesIO()
+    if path.suffix == ".json":
+        content = json.dumps(content, indent=1, allow_nan=False) + "\n"
+    elif path.suffix == ".csv":  # a column for every key; empty where a row lacks it
+        columns = {key: None for row in content for key in row}
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(columns), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(content)
+        content = text.getvalue()
+    elif path.suffix == ".pt":
+        torch.save(content, buffer)
+        content = buffer.getvalue()
+    # the process's number in the name: two processes on one folder do no harm
     temporary = path.with_name(f".{os.getpid()}-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(content)
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
         os.replace(temporary, path)
     except OSError as error:
         if temporary.exists():
@@ -597,32 +618,8 @@ def save(path: Path, content: bytes) -> None:
                         "--out-dir") from None
 
 
-def save_text(path: Path, text: str) -> None:
-    save(path, text.encode())
-
-
-def save_json(path: Path, value: dict) -> None:
-    save_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
-
-
 def load_json(path: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))
-
-
-def save_csv(path: Path, rows: list[dict]) -> None:
-    """A column for every key, in the order of first use; empty where a row lacks it."""
-    columns = {key: None for row in rows for key in row}
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(columns), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    save_text(path, text.getvalue())
-
-
-def save_torch(path: Path, value: dict) -> None:
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    save(path, buffer.getvalue())
 
 
 def environment(device: torch.device) -> dict:
@@ -635,25 +632,21 @@ def environment(device: torch.device) -> dict:
     git = shutil.which("git") and subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=HERE, text=True, capture_output=True)
     return {"command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-            "commit": git.stdout.strip() if git else "unknown",
+            "commit": git.stdout.strip() if git and git.stdout else "unknown",
             "device": f"{device.type}: {name}", "threads": torch.get_num_threads(),
             "torch": torch.__version__, "numpy": np.__version__,
             "python": platform.python_version(), "date": time.strftime("%Y-%m-%d")}
 
 
 def finished_runs(root: Path) -> list[dict]:
-    """The config, metrics and folder of every finished run below root; copies count once.
-
-    Raises UserError if there is none.
-    """
-    runs = {}
+    """The config, metrics and folder of every finished run below root. UserError if none is."""
+    runs = []
     for file in sorted(root.glob("*/*/final_metrics.json")):
-        config = load_json(file.with_name("config.json"))
-        run = {"config": config, "metrics": load_json(file), "folder": file.parent}
-        runs.setdefault(str(config), run)
+        runs.append({"config": load_json(file.with_name("config.json")),
+                     "metrics": load_json(file), "folder": file.parent})
     if not runs:
-        raise UserError(f"no finished run in {root}; run without --report-only first")
-    return list(runs.values())
+        raise UserError(f"no finished run in {root}; train first, or name another --dataset")
+    return runs
 
 
 def flat(metrics: dict, prefix: str = "") -> dict[str, float]:
@@ -719,23 +712,22 @@ def results_table(rows: dict, names: list[str], columns: list[tuple]) -> str:
 def difference(rows: dict, a: tuple, b: tuple, key: str, digits: int) -> tuple[int, str, str, int]:
     """a - b, paired by the seeds that both have: sign, mean, 95 % t-interval and n.
 
-    The sign is 0 if the interval includes zero. One seed has no interval and is judged by its value.
+    The sign is 0 if the interval includes zero. One seed has no interval: its value decides.
     """
     from scipy.stats import ttest_rel  # takes a second
 
     of_a, of_b = rows.get(a, {}), rows.get(b, {})
     seeds = [seed for seed in of_a if key in of_a[seed] and key in of_b.get(seed, {})]
-    values_a = np.array([of_a[seed][key] for seed in seeds])
-    values_b = np.array([of_b[seed][key] for seed in seeds])
     if not seeds:
         return 0, "–", "", 0
-    mean, interval = (values_a - values_b).mean(), ""
-    sign = int(np.sign(mean))
+    values_a = np.array([of_a[seed][key] for seed in seeds])
+    values_b = np.array([of_b[seed][key] for seed in seeds])
+    low = high = mean = (values_a - values_b).mean()
+    interval = ""
     if len(seeds) > 1:
         low, high = ttest_rel(values_a, values_b).confidence_interval(0.95)
         interval = f"{low:+.{digits}f} to {high:+.{digits}f}".replace("-", "−")
-        if low <= 0 <= high:
-            sign = 0
+    sign = int(low > 0) - int(high < 0)
     return sign, f"{mean:+.{digits}f}".replace("-", "−"), interval, len(seeds)
 
 
@@ -785,7 +777,7 @@ def save_results(path: Path, rows: dict, names: list[str]) -> None:
     for name, seeds in rows.items():
         for seed, numbers in seeds.items():
             lines.append({**dict(zip(names, name, strict=True)), "seed": seed, **numbers})
-    save_csv(path, lines)
+    save(path, lines)
 
 
 def how_made(runs: list[dict]) -> str:
@@ -813,17 +805,18 @@ def save_figure(path: Path, figure: Figure) -> None:
     save(path, picture.getvalue())
 
 
-def save_grid(path: Path, x: Tensor, columns: int, title: str, row_labels=(), framed=()) -> None:
+def save_grid(path: Path, x: Tensor, columns: int, title: str, row_labels=(),
+              framed=None) -> None:
     """Images (N, 1, 28, 28) in [0, 1] in rows of `columns`, black on white like ink.
 
-    row_labels name the rows; the images with the indices `framed` have a grey border.
+    row_labels name the rows; images where `framed` (N,) is true have a grey border.
     """
-    rows = math.ceil(len(x) / columns)
-    tiles = torch.zeros(rows * columns, 30, 30)  # a border of one pixel
-    tiles[framed] = 0.5
-    tiles[:len(x), 1:-1, 1:-1] = x[:, 0].cpu()
-    picture = 1 - tiles.view(rows, columns, 30, 30).transpose(1, 2).reshape(rows * 30, -1)
-    figure = Figure(figsize=(0.42 * columns, 0.42 * rows))
+    tiles = F.pad(x.cpu(), (1, 1, 1, 1))  # (N, 1, 30, 30)
+    if framed is not None:
+        tiles[framed] = F.pad(x.cpu()[framed], (1, 1, 1, 1), value=0.5)
+    picture = 1 - make_grid(tiles, columns, padding=0)[0]
+    height, width = picture.shape
+    figure = Figure(figsize=(0.014 * width, 0.014 * height))
     axes = figure.add_axes((0, 0, 1, 1))
     axes.imshow(picture.numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     axes.set_title(title, fontsize=9)
@@ -850,24 +843,21 @@ def plot_history(path: Path, history: list[dict], panels: dict[str, list[str]],
 
 
 def plot_codes(path: Path, codes: np.ndarray, labels: np.ndarray, title: str) -> None:
-    """Codes (N, d) by class: a violin each for d = 1, the plane for d = 2, t-SNE of 2,000 above."""
+    """Codes (N, d) by class: violins for d = 1, the plane for d = 2, else t-SNE of 2,000 codes."""
     figure = Figure(figsize=(5.5, 5))
     axes = figure.subplots()
     axes.set_title(title, fontsize=9)
-    if codes.shape[1] > 2:
-        from sklearn.manifold import TSNE
-        codes, labels = codes[:2000].astype(np.float64), labels[:2000]
-        codes = TSNE(random_state=0).fit_transform(codes)
-        axes.set(xticks=[], yticks=[], xlabel="t-SNE of 2,000 codes")
-    for label in range(10):
-        of_label = codes[labels == label]
-        if codes.shape[1] == 1:
-            axes.violinplot(of_label[:, 0], [label], widths=0.9)
-            axes.set(xticks=range(10), xlabel="class", ylabel="z")
-        else:
-            axes.plot(*of_label.T, ".", ms=3, alpha=0.6, label=label)
-    if codes.shape[1] > 1:
-        axes.legend(markerscale=4, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    if codes.shape[1] == 1:
+        axes.violinplot([codes[labels == label, 0] for label in range(10)], range(10), widths=0.9)
+        axes.set(xticks=range(10), xlabel="class", ylabel="z")
+    else:
+        if codes.shape[1] > 2:
+            from sklearn.manifold import TSNE  # takes a second
+            codes, labels = codes[:2000].astype(np.float64), labels[:2000]
+            codes = TSNE(random_state=0).fit_transform(codes)
+            axes.set(xticks=[], yticks=[], xlabel="t-SNE")
+        points = axes.scatter(*codes.T, c=labels, cmap="tab10", s=3, alpha=0.6)
+        axes.legend(*points.legend_elements(), loc="center left", bbox_to_anchor=(1, 0.5))
         axes.set_aspect("equal")
     save_figure(path, figure)
 
@@ -881,8 +871,7 @@ def heat_map(path: Path, values: np.ndarray, row_labels, column_labels, title: s
         axes.imshow(values, cmap="Blues", aspect="auto", alpha=0.6)
     else:
         ratio = np.log(np.maximum(values, 1e-3) / ideal)
-        limit = np.nanmax(abs(ratio))
-        axes.imshow(ratio, cmap="RdBu_r", aspect="auto", alpha=0.6, vmin=-limit, vmax=limit)
+        axes.imshow(ratio, "RdBu_r", norm=CenteredNorm(), aspect="auto", alpha=0.6)
     for (row, column), value in np.ndenumerate(values):
         axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=8)
     axes.set_xticks(range(values.shape[1]), column_labels, fontsize=8)
@@ -894,13 +883,14 @@ def heat_map(path: Path, values: np.ndarray, row_labels, column_labels, title: s
 def plot_points(path: Path, rows: dict, key: str, title: str,
                 band: tuple[float, float] | None = None, scale: str = "linear") -> None:
     """A number of every seed, in a line for each row; the band is where it is good."""
-    rows = {name: seeds for name, seeds in rows.items() if key in next(iter(seeds.values()))}
+    rows = {name: seeds for name, seeds in rows.items() if None not in seeds}
     figure = Figure(figsize=(6, 1 + 0.28 * len(rows)))
     axes = figure.subplots()
     if band:
         axes.axvspan(*band, color="0.9")
     for i, seeds in enumerate(rows.values()):
-        axes.plot([numbers[key] for numbers in seeds.values()], [i] * len(seeds), "C0o", alpha=0.5)
+        values = [numbers[key] for numbers in seeds.values() if key in numbers]
+        axes.plot(values, [i] * len(values), "C0o", alpha=0.5)
     labels = [f"{', '.join(name)} (n={len(seeds)})" for name, seeds in rows.items()]
     axes.set_yticks(range(len(rows)), labels, fontsize=8)
     axes.invert_yaxis()

@@ -215,7 +215,8 @@ def dcgan(args, device, data) -> None:
     gan_vs_vae.set_mode(gan, True)
     weights = sum(w.numel() for m in (gan.G, gan.D) for w in m.parameters())
     speed("DCGAN, batch 128, Adam", functools.partial(usual_gan, args.data_dir, device),
-          {"ours": lambda n: our_gan(x, n, False), "ours, --compile": lambda n: our_gan(x, n, True)},
+          {"ours": lambda n: our_gan(x, n, False),
+           "ours, --compile": lambda n: our_gan(x, n, True)},
           len(x) // 128, lambda: gan.step(x[:128], 0), weights, args.epochs, device)
 
 
