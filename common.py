@@ -128,12 +128,15 @@ def guard(main) -> None:
 
 def pick_device(name: str) -> torch.device:
     """The device asked for, "auto": the fastest. Raises UserError if this machine has none."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
-                 "cpu": True, "auto": True}
-    if not available[name]:
-        raise UserError(f"--device {name}: torch finds none on this machine; take --device auto")
+    available = ["cpu"]
+    if torch.backends.mps.is_available():
+        available.append("mps")
+    if torch.cuda.is_available():
+        available.append("cuda")
     if name == "auto":
-        name = next(device for device in available if available[device])
+        name = available[-1]
+    if name not in available:
+        raise UserError(f"--device {name}: torch finds only {', '.join(available)} here")
     torch.backends.cudnn.allow_tf32 = False  # it keeps ten bits: not what float32 means
     return torch.device(name)
 
@@ -547,8 +550,10 @@ class Run:
         g = generator(self.config["seed"], "order", len(self.history) + 1)
         order = torch.randperm(n, generator=g).to(device)
         size = min(self.config["batch_size"], n)
+        if drop_last:
+            order = order[:n // size * size]
         start = time.perf_counter()
-        yield from order[:n // size * size if drop_last else n].split(size)
+        yield from order.split(size)
         if device.type == "cuda":
             torch.cuda.synchronize()  # its steps may still be running
         self.seconds = time.perf_counter() - start
@@ -623,16 +628,19 @@ def load_json(path: Path) -> dict:
 
 
 def environment(device: torch.device) -> dict:
-    """Where and how numbers were made: beside seconds all that may differ between equal runs."""
-    name = platform.processor()
+    """Where and how numbers were made: with the seconds all that may differ between equal runs."""
+    name, commit = platform.processor(), "unknown"
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     elif Path("/proc/cpuinfo").exists():
-        name = re.findall(r"model name\s*: (.*)|$", Path("/proc/cpuinfo").read_text())[0]
-    git = shutil.which("git") and subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=HERE, text=True, capture_output=True)
-    return {"command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-            "commit": git.stdout.strip() if git and git.stdout else "unknown",
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                name = line.split(":")[1].strip()
+    if shutil.which("git"):
+        git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, text=True,
+                             capture_output=True)
+        commit = git.stdout.strip() or commit
+    return {"command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]), "commit": commit,
             "device": f"{device.type}: {name}", "threads": torch.get_num_threads(),
             "torch": torch.__version__, "numpy": np.__version__,
             "python": platform.python_version(), "date": time.strftime("%Y-%m-%d")}
@@ -843,7 +851,7 @@ def plot_history(path: Path, history: list[dict], panels: dict[str, list[str]],
 
 
 def plot_codes(path: Path, codes: np.ndarray, labels: np.ndarray, title: str) -> None:
-    """Codes (N, d) by class: violins for d = 1, the plane for d = 2, else t-SNE of 2,000 codes."""
+    """Codes (N, d) by class: violins for d = 1, the plane for d = 2, else t-SNE of 1,000 codes."""
     figure = Figure(figsize=(5.5, 5))
     axes = figure.subplots()
     axes.set_title(title, fontsize=9)
@@ -853,7 +861,8 @@ def plot_codes(path: Path, codes: np.ndarray, labels: np.ndarray, title: str) ->
     else:
         if codes.shape[1] > 2:
             from sklearn.manifold import TSNE  # takes a second
-            codes, labels = codes[:2000].astype(np.float64), labels[:2000]
+            print("t-SNE of 1,000 codes ...", flush=True)
+            codes, labels = codes[:1000].astype(np.float64), labels[:1000]
             codes = TSNE(random_state=0).fit_transform(codes)
             axes.set(xticks=[], yticks=[], xlabel="t-SNE")
         points = axes.scatter(*codes.T, c=labels, cmap="tab10", s=3, alpha=0.6)
