@@ -29,7 +29,6 @@ import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib.colors import CenteredNorm
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torchvision import datasets
@@ -250,16 +249,16 @@ def glyphs() -> Data:
                    y[60_000:][torch.randperm(10_000, generator=g)]])
     face = torch.randint(39, (70_000,), generator=g) * 10 + y
 
-    def uniform(low: float, high: float, *shape: int) -> Tensor:
-        return low + (high - low) * torch.rand(70_000, *shape, generator=g)
-
-    # an affine map of each image: rotation, shear, scale (above 1 shrinks the digit), shift
-    angle, shear, slant = uniform(-0.6, 0.6), uniform(-0.5, 0.5), uniform(-0.3, 0.3)
-    scale_x, scale_y = uniform(0.9, 1.5), uniform(0.9, 1.35)
-    row_x = [scale_x * angle.cos(), -scale_x * angle.sin() + shear, uniform(-0.15, 0.15)]
-    row_y = [scale_y * angle.sin() + slant, scale_y * angle.cos(), uniform(-0.15, 0.15)]
+    # an affine map of each image: rotation, shear, slant, scales (above 1 shrink the digit), shifts
+    low = torch.tensor([-0.6, -0.5, -0.3, 0.9, 0.9, -0.15, -0.15])[:, None]
+    spread = torch.tensor([1.2, 1.0, 0.6, 0.6, 0.45, 0.3, 0.3])[:, None]
+    angle, shear, slant, scale_x, scale_y, shift_x, shift_y = (
+        low + spread * torch.rand(7, 70_000, generator=g))
+    row_x = [scale_x * angle.cos(), -scale_x * angle.sin() + shear, shift_x]
+    row_y = [scale_y * angle.sin() + slant, scale_y * angle.cos(), shift_y]
     affine = torch.stack([*row_x, *row_y], 1).view(-1, 2, 3)
-    bend = uniform(-0.3, 0.3, 2, 4, 4)  # a smooth displacement field: no two strokes are alike
+    # a smooth displacement field: no two strokes are alike
+    bend = 0.6 * torch.rand(70_000, 2, 4, 4, generator=g) - 0.3
     x = []
     for part in torch.arange(70_000).split(5000):
         field = F.interpolate(bend[part], 28, mode="bilinear", align_corners=True)
@@ -717,26 +716,27 @@ def results_table(rows: dict, names: list[str], columns: list[tuple]) -> str:
     return markdown_table(lines, len(names))
 
 
-def difference(rows: dict, a: tuple, b: tuple, key: str, digits: int) -> tuple[int, str, str, int]:
-    """a - b, paired by the seeds that both have: sign, mean, 95 % t-interval and n.
+def difference(rows: dict, a: tuple, b: tuple, key: str, digits: int) -> tuple[int, str]:
+    """The sign of a - b, and '−0.23, 95 % interval −0.30 to −0.16, n=3', by the seeds of both.
 
-    The sign is 0 if the interval includes zero. One seed has no interval: its value decides.
+    The sign is 0 if the t-interval includes zero. One seed is judged by its value; of none the
+    text is empty.
     """
     from scipy.stats import ttest_rel  # takes a second
 
     of_a, of_b = rows.get(a, {}), rows.get(b, {})
     seeds = [seed for seed in of_a if key in of_a[seed] and key in of_b.get(seed, {})]
     if not seeds:
-        return 0, "–", "", 0
+        return 0, ""
     values_a = np.array([of_a[seed][key] for seed in seeds])
     values_b = np.array([of_b[seed][key] for seed in seeds])
     low = high = mean = (values_a - values_b).mean()
     interval = ""
     if len(seeds) > 1:
         low, high = ttest_rel(values_a, values_b).confidence_interval(0.95)
-        interval = f"{low:+.{digits}f} to {high:+.{digits}f}".replace("-", "−")
-    sign = int(low > 0) - int(high < 0)
-    return sign, f"{mean:+.{digits}f}".replace("-", "−"), interval, len(seeds)
+        interval = f"95 % interval {low:+.{digits}f} to {high:+.{digits}f}, "
+    text = f"{mean:+.{digits}f}, {interval}n={len(seeds)}".replace("-", "−")
+    return int(low > 0) - int(high < 0), text
 
 
 def contrast(a: tuple, b: tuple) -> tuple[str, str, str]:
@@ -746,37 +746,29 @@ def contrast(a: tuple, b: tuple) -> tuple[str, str, str]:
 
 
 def paired_table(rows: dict, pairs: list[tuple], columns: list[tuple]) -> str:
-    """A line for each pair (a, b) of row names: mean difference and 95 % t-interval over the seeds
-    that both have, bold where that excludes zero. Pairs that are not in rows are left out.
+    """A line for each pair (a, b) of row names and a `difference` for each column, bold if its
+    interval excludes zero. Pairs without a seed in common are left out.
     """
-    lines = [["difference, paired by seed", "n", *(title for title, _, _ in columns)]]
+    lines = [["difference, paired by seed", *(title for title, _, _ in columns)]]
     for a, b in pairs:
         shared, only_a, only_b = contrast(a, b)
-        cells, counts = [], []
+        cells = []
         for _, key, digits in columns:
-            sign, mean, interval, n = difference(rows, a, b, key, digits)
-            counts.append(n)
-            if interval:
-                mean = f"**{mean}** ({interval})" if sign else f"{mean} ({interval})"
-            cells.append(mean)
-        if max(counts) > 0:
-            lines.append([f"{shared}: {only_a} − {only_b}", str(max(counts)), *cells])
+            sign, text = difference(rows, a, b, key, digits)
+            cells.append(f"**{text}**" if sign and "interval" in text else text)
+        if any(cells):
+            lines.append([f"{shared}: {only_a} − {only_b}", *cells])
     return markdown_table(lines, 1) if len(lines) > 1 else ""
 
 
 def verdict(rows: dict, a: tuple, b: tuple, title: str, key: str, digits: int) -> str:
-    """'A has a lower FID than B (−0.23, 95 % interval −0.30 to −0.16, n=3)', or that they cannot be
-    told apart; '' where they have no seed in common.
-    """
-    sign, mean, interval, n = difference(rows, a, b, key, digits)
+    """'A has a lower FID than B (−0.23, …)', or that they cannot be told apart; '' of no seed."""
+    sign, text = difference(rows, a, b, key, digits)
     shared, only_a, only_b = contrast(a, b)
-    if n == 0:
-        return ""
-    text = f"{only_a} has a {'lower' if sign < 0 else 'higher'} {title} than {only_b}"
-    if sign == 0:
-        text = f"{only_a} and {only_b} cannot be told apart in {title}"
-    interval = f", 95 % interval {interval}" if interval else ""
-    return f"{shared}: {text} ({mean}{interval}, n={n})."
+    finding = f"{only_a} and {only_b} cannot be told apart in {title}"
+    if sign:
+        finding = f"{only_a} has a {'lower' if sign < 0 else 'higher'} {title} than {only_b}"
+    return f"{shared}: {finding} ({text})." if text else ""
 
 
 def save_results(path: Path, rows: dict, names: list[str]) -> None:
@@ -872,15 +864,11 @@ def plot_codes(path: Path, codes: np.ndarray, labels: np.ndarray, title: str) ->
 
 
 def heat_map(path: Path, values: np.ndarray, row_labels, column_labels, title: str,
-             ideal: float | None = None) -> None:
-    """Numbers (rows, columns) in coloured cells; with an ideal red is above and blue below it."""
+             **colours) -> None:
+    """Numbers (rows, columns) in coloured cells; colours: cmap and norm, as for axes.imshow."""
     figure = Figure(figsize=(1 + 0.6 * values.shape[1], 1 + 0.3 * values.shape[0]))
     axes = figure.subplots()
-    if ideal is None:
-        axes.imshow(values, cmap="Blues", aspect="auto", alpha=0.6)
-    else:
-        ratio = np.log(np.maximum(values, 1e-3) / ideal)
-        axes.imshow(ratio, "RdBu_r", norm=CenteredNorm(), aspect="auto", alpha=0.6)
+    axes.imshow(values, aspect="auto", alpha=0.6, **colours)
     for (row, column), value in np.ndenumerate(values):
         axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=8)
     axes.set_xticks(range(values.shape[1]), column_labels, fontsize=8)
@@ -889,19 +877,19 @@ def heat_map(path: Path, values: np.ndarray, row_labels, column_labels, title: s
     save_figure(path, figure)
 
 
-def plot_points(path: Path, rows: dict, key: str, title: str,
-                band: tuple[float, float] | None = None, scale: str = "linear") -> None:
-    """A number of every seed, in a line for each row; the band is where it is good."""
-    rows = {name: seeds for name, seeds in rows.items() if None not in seeds}
+def plot_points(path: Path, rows: dict, key: str, title: str, band=None, scale="linear") -> None:
+    """A number of every seed, in a line for each row; the band (low, high) is where it is good."""
     figure = Figure(figsize=(6, 1 + 0.28 * len(rows)))
     axes = figure.subplots()
+    labels = []
+    for name, seeds in rows.items():
+        if None not in seeds:  # not the row of real images
+            values = [numbers[key] for numbers in seeds.values() if key in numbers]
+            axes.plot(values, [len(labels)] * len(values), "C0o", alpha=0.5)
+            labels.append(f"{', '.join(name)} (n={len(values)})")
     if band:
         axes.axvspan(*band, color="0.9")
-    for i, seeds in enumerate(rows.values()):
-        values = [numbers[key] for numbers in seeds.values() if key in numbers]
-        axes.plot(values, [i] * len(values), "C0o", alpha=0.5)
-    labels = [f"{', '.join(name)} (n={len(seeds)})" for name, seeds in rows.items()]
-    axes.set_yticks(range(len(rows)), labels, fontsize=8)
+    axes.set_yticks(range(len(labels)), labels, fontsize=8)
     axes.invert_yaxis()
     axes.set(xlabel=title, xscale=scale)
     axes.grid(axis="x", alpha=0.3)

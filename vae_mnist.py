@@ -651,7 +651,7 @@ def pictures(root: Path, table: dict, runs: list[dict]) -> list[str]:
                     for numbers in table[name].values()]
         shares.append(np.mean(of_seeds, axis=0))
     common.heat_map(root / "half_way.png", np.array(shares), labels, ["on a line", "on an arc"],
-                    "Half-way between two codes: share with p ≥ 0.9")
+                    "Half-way between two codes: share with p ≥ 0.9", cmap="Blues")
     files = [root / f"{name}.png" for name in
              ["samples", "reconstructions", "negative_elbo", "half_way"]]
     for name, folder in folders.items():

@@ -64,16 +64,15 @@ def test_differences_are_paired_t_intervals():
     a, b = np.array([1.0, 2.5, 2.0, 4.0]), np.array([2.0, 3.0, 3.5, 4.5])
     rows = {("net", "x"): {seed: {"m": v} for seed, v in enumerate(a)},
             ("net", "y"): {seed: {"m": v} for seed, v in enumerate(b)} | {9: {"m": 0.0}}}
-    sign, mean, interval, n = common.difference(rows, ("net", "x"), ("net", "y"), "m", 3)
     half = scipy.stats.t.ppf(0.975, 3) * (a - b).std(ddof=1) / 2
-    assert (sign, n) == (-1, 4) and mean == "−0.875"
-    want = f"{-0.875 - half:+.3f} to {-0.875 + half:+.3f}"
-    assert interval == want.replace("-", "−")
-    assert common.difference(rows, ("net", "x"), ("net", "z"), "m", 3)[3] == 0
+    want = f"-0.875, 95 % interval {-0.875 - half:+.3f} to {-0.875 + half:+.3f}, n=4"
+    want = want.replace("-", "−")
+    assert common.difference(rows, ("net", "x"), ("net", "y"), "m", 3) == (-1, want)
+    assert common.difference(rows, ("net", "x"), ("net", "z"), "m", 3) == (0, "")
     noisy = {("x",): {0: {"m": 1.0}, 1: {"m": 3.0}}, ("y",): {0: {"m": 2.0}, 1: {"m": 2.0}}}
     assert common.difference(noisy, ("x",), ("y",), "m", 2)[0] == 0
     one = {("x",): {0: {"m": 1.0}}, ("y",): {0: {"m": 2.0}}}
-    assert common.difference(one, ("x",), ("y",), "m", 2) == (-1, "−1.00", "", 1)
+    assert common.difference(one, ("x",), ("y",), "m", 2) == (-1, "−1.00, n=1")
 
 
 def test_a_cell_is_a_mean_with_the_deviation_of_the_sample():
