@@ -92,7 +92,7 @@ def number(kind: type, low: float, high: float = 1e9):
             value = math.nan  # fails the comparison below, as a nan that was typed does
         if not low <= value <= high:
             raise argparse.ArgumentTypeError(
-                f"{text!r} is not {kind.__name__} from {low:g} to {high:.10g}")
+                f"{text!r}: {kind.__name__} from {low:g} to {high:.10g} expected")
         return value
 
     return parse
@@ -484,8 +484,9 @@ def importance_sampling(log_px, mean: Tensor, factor: Tensor, k: int, prior: flo
 class Run:
     """One training run on disk: its folder, resume and log. The training stays in the script.
 
-    config has "seed", "epochs" and "batch_size", and identifies the run. A large state may be saved
-    every `save_every` epochs. Raises UserError if the folder holds a run of another configuration.
+    In this order: restore, for each of epochs() the batches() and log, load_best. config has
+    "seed", "epochs" and "batch_size", and identifies the run. A large state may be saved every
+    `save_every` epochs. Raises UserError if the folder holds a run of another configuration.
     """
 
     def __init__(self, folder: Path, config: dict, fresh: bool = False, save_every: int = 1,
@@ -493,7 +494,7 @@ class Run:
         self.folder, self.config, self.save_every = folder, config, save_every
         self.name = "/".join(folder.parts[-2:])
         self.history, self.best, self.best_epoch = [], None, 0
-        self.seconds, self.board = 0.0, None
+        self.parts, self.seconds, self.board = {}, 0.0, None
         if fresh and folder.exists():
             try:
                 shutil.rmtree(folder)
@@ -516,7 +517,7 @@ class Run:
         self.parts = parts
         if (self.folder / "checkpoint.pt").exists():
             saved = self.load("checkpoint.pt", parts)
-            self.history, self.best, self.best_epoch = saved["run"]
+            self.history, self.best, self.best_epoch = saved["progress"]
 
     def load_best(self, **parts) -> int:
         """Put the weights of the best epoch into the parts. Returns that epoch."""
@@ -529,9 +530,9 @@ class Run:
             saved = torch.load(self.folder / name, map_location="cpu", weights_only=True)
             for key, part in parts.items():
                 part.load_state_dict(saved[key])
-        except Exception:  # a bad zip, a refused pickle, another net: torch raises many
-            raise UserError(f"{self.folder / name} is missing, corrupt or not of this run; --fresh "
-                            "starts it over") from None
+        except Exception as error:  # a bad zip, a refused pickle, another net: torch raises many
+            raise UserError(f"{self.folder / name} is missing, corrupt or not of this run "
+                            f"({type(error).__name__}); --fresh starts it over") from None
         return saved
 
     def epochs(self):
@@ -545,7 +546,7 @@ class Run:
         self.bar.close()
 
     def batches(self, n: int, device: torch.device, drop_last: bool = True):
-        """The indices of each batch, shuffled by (seed, epoch); a smaller last one is left out."""
+        """The indices of each batch, shuffled by (seed, epoch). Times the steps between them."""
         g = generator(self.config["seed"], "order", len(self.history) + 1)
         order = torch.randperm(n, generator=g).to(device)
         size = min(self.config["batch_size"], n)
@@ -588,8 +589,8 @@ class Run:
         with open(self.folder / "training.log", "a", encoding="utf-8") as file:
             print(line, file=file)
         if epoch % self.save_every == 0 or epoch == last:  # the last write of an epoch
-            run = self.history, self.best, self.best_epoch
-            save(self.folder / "checkpoint.pt", {"run": run, **states})
+            done = self.history, self.best, self.best_epoch
+            save(self.folder / "checkpoint.pt", {"progress": done, **states})
 
 
 def save(path: Path, content) -> None:
@@ -676,8 +677,9 @@ def suffix(config: dict, **defaults) -> str:
 
 # ----------------------------------------------------------------------------------------- Tables
 #
-# A script's rows(runs) returns: row name, a tuple of texts -> seed -> numbers by key. The row of
-# real images has the seed None. A column is (title, key, digits).
+# A script's rows(runs) returns row name, a tuple of texts -> seed -> numbers by key, such as
+# {("mlp 500", "20-D"): {0: {"fid": 1.2}, 1: {"fid": 1.3}}}. The row of real images has the seed
+# None. A column is (title, key, digits).
 
 
 def mean_std(values, digits: int = 2) -> str:
@@ -716,18 +718,17 @@ def results_table(rows: dict, names: list[str], columns: list[tuple]) -> str:
     return markdown_table(lines, len(names))
 
 
-def difference(rows: dict, a: tuple, b: tuple, key: str, digits: int) -> tuple[int, str]:
-    """The sign of a - b, and '−0.23, 95 % interval −0.30 to −0.16, n=3', by the seeds of both.
+def difference(rows: dict, a: tuple, b: tuple, key: str, digits: int) -> tuple[int, str, int]:
+    """The sign of a - b, '−0.23, 95 % interval −0.30 to −0.16, n=3', and n, by the seeds of both.
 
-    The sign is 0 if the t-interval includes zero. One seed is judged by its value; of none the
-    text is empty.
+    The sign is 0 if the t-interval includes zero. A single seed is judged by its value.
     """
     from scipy.stats import ttest_rel  # takes a second
 
     of_a, of_b = rows.get(a, {}), rows.get(b, {})
     seeds = [seed for seed in of_a if key in of_a[seed] and key in of_b.get(seed, {})]
     if not seeds:
-        return 0, ""
+        return 0, "–", 0
     values_a = np.array([of_a[seed][key] for seed in seeds])
     values_b = np.array([of_b[seed][key] for seed in seeds])
     low = high = mean = (values_a - values_b).mean()
@@ -736,13 +737,16 @@ def difference(rows: dict, a: tuple, b: tuple, key: str, digits: int) -> tuple[i
         low, high = ttest_rel(values_a, values_b).confidence_interval(0.95)
         interval = f"95 % interval {low:+.{digits}f} to {high:+.{digits}f}, "
     text = f"{mean:+.{digits}f}, {interval}n={len(seeds)}".replace("-", "−")
-    return int(low > 0) - int(high < 0), text
+    return int(low > 0) - int(high < 0), text, len(seeds)
 
 
 def contrast(a: tuple, b: tuple) -> tuple[str, str, str]:
     """What two row names share, and what each has alone."""
-    shared = ", ".join(part for part in a if part in b)
-    return shared, " ".join(p for p in a if p not in b), " ".join(p for p in b if p not in a)
+    pairs = list(zip(a, b, strict=True))
+    shared = ", ".join(part for part, other in pairs if part == other)
+    only_a = " ".join(part for part, other in pairs if part != other)
+    only_b = " ".join(other for part, other in pairs if part != other)
+    return shared, only_a, only_b
 
 
 def paired_table(rows: dict, pairs: list[tuple], columns: list[tuple]) -> str:
@@ -752,23 +756,24 @@ def paired_table(rows: dict, pairs: list[tuple], columns: list[tuple]) -> str:
     lines = [["difference, paired by seed", *(title for title, _, _ in columns)]]
     for a, b in pairs:
         shared, only_a, only_b = contrast(a, b)
-        cells = []
+        cells, most = [], 0
         for _, key, digits in columns:
-            sign, text = difference(rows, a, b, key, digits)
-            cells.append(f"**{text}**" if sign and "interval" in text else text)
-        if any(cells):
+            sign, text, n = difference(rows, a, b, key, digits)
+            cells.append(f"**{text}**" if sign and n > 1 else text)
+            most = max(most, n)
+        if most > 0:
             lines.append([f"{shared}: {only_a} − {only_b}", *cells])
     return markdown_table(lines, 1) if len(lines) > 1 else ""
 
 
 def verdict(rows: dict, a: tuple, b: tuple, title: str, key: str, digits: int) -> str:
     """'A has a lower FID than B (−0.23, …)', or that they cannot be told apart; '' of no seed."""
-    sign, text = difference(rows, a, b, key, digits)
+    sign, text, n = difference(rows, a, b, key, digits)
     shared, only_a, only_b = contrast(a, b)
     finding = f"{only_a} and {only_b} cannot be told apart in {title}"
     if sign:
         finding = f"{only_a} has a {'lower' if sign < 0 else 'higher'} {title} than {only_b}"
-    return f"{shared}: {finding} ({text})." if text else ""
+    return f"{shared}: {finding} ({text})." if n else ""
 
 
 def save_results(path: Path, rows: dict, names: list[str]) -> None:

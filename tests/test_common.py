@@ -67,12 +67,12 @@ def test_differences_are_paired_t_intervals():
     half = scipy.stats.t.ppf(0.975, 3) * (a - b).std(ddof=1) / 2
     want = f"-0.875, 95 % interval {-0.875 - half:+.3f} to {-0.875 + half:+.3f}, n=4"
     want = want.replace("-", "−")
-    assert common.difference(rows, ("net", "x"), ("net", "y"), "m", 3) == (-1, want)
-    assert common.difference(rows, ("net", "x"), ("net", "z"), "m", 3) == (0, "")
+    assert common.difference(rows, ("net", "x"), ("net", "y"), "m", 3) == (-1, want, 4)
+    assert common.difference(rows, ("net", "x"), ("net", "z"), "m", 3) == (0, "–", 0)
     noisy = {("x",): {0: {"m": 1.0}, 1: {"m": 3.0}}, ("y",): {0: {"m": 2.0}, 1: {"m": 2.0}}}
     assert common.difference(noisy, ("x",), ("y",), "m", 2)[0] == 0
     one = {("x",): {0: {"m": 1.0}}, ("y",): {0: {"m": 2.0}}}
-    assert common.difference(one, ("x",), ("y",), "m", 2) == (-1, "−1.00, n=1")
+    assert common.difference(one, ("x",), ("y",), "m", 2) == (-1, "−1.00, n=1", 1)
 
 
 def test_a_cell_is_a_mean_with_the_deviation_of_the_sample():
