@@ -86,15 +86,12 @@ def number(kind: type, low: float, high: float = 1e9):
     """An argparse type: an int or a float from low to high."""
 
     def parse(text: str):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan  # fails the comparison below, as a nan that was typed does
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(
-                f"{text!r}: {kind.__name__} from {low:g} to {high:.10g} expected")
+        value = kind(text)
+        if not low <= value <= high:  # a nan is refused too
+            raise ValueError
         return value
 
+    parse.__name__ = f"{kind.__name__} from {low:g} to {high:.10g}"  # argparse says it
     return parse
 
 
@@ -151,14 +148,10 @@ def generator(*key: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(seed_from(*key))
 
 
-def cosine(rate: float, epoch: int, epochs: int) -> float:
-    """The learning rate of an epoch (the first is 1): half a cosine from `rate` down to 0."""
-    return rate * 0.5 * (1 + math.cos(math.pi * (epoch - 1) / epochs))
-
-
-def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = rate
+def cosine_schedule(optimizer: torch.optim.Optimizer, epochs: int):
+    """The learning rate falls to 0 by half a cosine. Call its step() after every epoch."""
+    return torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda epoch: 0.5 * (1 + math.cos(math.pi * epoch / epochs)))
 
 
 def compiled(function, on: bool, device: torch.device):
@@ -172,6 +165,12 @@ def progress(items, title: str):
     if not sys.stderr.isatty():
         print(f"{title} ...", flush=True)
     return tqdm(items, title, disable=None, leave=False)
+
+
+@torch.no_grad()
+def in_chunks(function, x: Tensor, device: torch.device) -> Tensor:
+    """function(x), a thousand rows at a time on the device; the result is on the CPU."""
+    return torch.cat([function(chunk.to(device)).cpu() for chunk in x.split(1000)])
 
 
 # ------------------------------------------------------------------------------------------- Data
@@ -215,10 +214,10 @@ def load_data(dataset: str | None, data_dir: str) -> Data:
 
 def split(data: Data, config: dict, n_val: int = 5000) -> dict[str, Tensor]:
     """Indices of the run's training images and of n_val others for validation, by its seed."""
-    left = len(data.x_train) - n_val
-    if config["train_size"] > left:
-        raise UserError(f"--train-size {config['train_size']}: at most {left}, because {n_val} of "
-                        f"{len(data.x_train)} images are for validation")
+    largest = len(data.x_train) - n_val
+    if config["train_size"] > largest:
+        raise UserError(f"--train-size {config['train_size']}: at most {largest}, because {n_val} "
+                        f"of {len(data.x_train)} images are for validation")
     order = torch.randperm(len(data.x_train), generator=generator(config["seed"], "split"))
     return {"val": order[:n_val], "train": order[n_val:n_val + config["train_size"]]}
 
@@ -231,41 +230,28 @@ def glyphs() -> Data:
     names = ("DejaVuSans DejaVuSans-Bold DejaVuSans-Oblique DejaVuSansMono DejaVuSerif "
              "DejaVuSerif-Bold DejaVuSerif-Italic STIXGeneral STIXGeneralItalic STIXGeneralBol "
              "cmr10 cmss10 cmtt10")
-    faces = []  # each digit in 13 fonts and three stroke widths
+    faces = []  # each digit in 13 fonts
     for name in names.split():
         file = Path(matplotlib.get_data_path(), f"fonts/ttf/{name}.ttf")
         font = ImageFont.truetype(str(file), 52)
-        for width in range(3):
-            for digit in "0123456789":
-                picture = Image.new("L", (64, 64))
-                ImageDraw.Draw(picture).text((32, 32), digit, 255, font, "mm", stroke_width=width)
-                faces.append(np.asarray(picture, np.float32) / 255)
-    faces = torch.from_numpy(np.stack(faces))[:, None]  # (390, 1, 64, 64)
+        for digit in "0123456789":
+            picture = Image.new("L", (64, 64))
+            ImageDraw.Draw(picture).text((32, 32), digit, 255, font, "mm", stroke_width=1)
+            faces.append(np.asarray(picture, np.float32) / 255)
+    faces = torch.from_numpy(np.stack(faces))[:, None]  # (130, 1, 64, 64)
     faces = F.avg_pool2d(faces, 3, 1, 1)  # soft edges survive shrinking
 
     g = generator(0, "glyphs")
-    y = torch.arange(70_000) % 10
-    y = torch.cat([y[:60_000][torch.randperm(60_000, generator=g)],
-                   y[60_000:][torch.randperm(10_000, generator=g)]])
-    face = torch.randint(39, (70_000,), generator=g) * 10 + y
-
-    # an affine map of each image: rotation, shear, slant, scales (above 1 shrink the digit), shifts
-    low = torch.tensor([-0.6, -0.5, -0.3, 0.9, 0.9, -0.15, -0.15])[:, None]
-    spread = torch.tensor([1.2, 1.0, 0.6, 0.6, 0.45, 0.3, 0.3])[:, None]
-    angle, shear, slant, scale_x, scale_y, shift_x, shift_y = (
-        low + spread * torch.rand(7, 70_000, generator=g))
-    row_x = [scale_x * angle.cos(), -scale_x * angle.sin() + shear, shift_x]
-    row_y = [scale_y * angle.sin() + slant, scale_y * angle.cos(), shift_y]
-    affine = torch.stack([*row_x, *row_y], 1).view(-1, 2, 3)
-    # a smooth displacement field: no two strokes are alike
-    bend = 0.6 * torch.rand(70_000, 2, 4, 4, generator=g) - 0.3
+    face = torch.randint(len(faces), (70_000,), generator=g)
+    # an affine map for each image: turned, slanted, shifted, smaller or larger
+    change = torch.randn(70_000, 2, 3, generator=g).clamp(-2, 2) * torch.tensor([0.2, 0.2, 0.1])
+    affine = torch.eye(2, 3) + change
     x = []
-    for part in torch.arange(70_000).split(5000):
-        field = F.interpolate(bend[part], 28, mode="bilinear", align_corners=True)
-        grid = F.affine_grid(affine[part], [5000, 1, 28, 28], align_corners=False)
-        grid = grid + field.permute(0, 2, 3, 1)
-        x.append(F.grid_sample(faces[face[part]], grid, align_corners=False))
+    for part, maps in zip(face.split(5000), affine.split(5000), strict=True):
+        grid = F.affine_grid(maps, [5000, 1, 28, 28], align_corners=False)
+        x.append(F.grid_sample(faces[part], grid, align_corners=False))
     x = (torch.cat(x) * 255).round().clamp(0, 255) / 255
+    y = face % 10
     return Data("glyphs", x[:60_000], y[:60_000], x[60_000:], y[60_000:])
 
 
@@ -309,10 +295,10 @@ def train_classifier(x: Tensor, y: Tensor, device: torch.device, *key: int | str
     """A classifier of images x with labels y, in eval mode on the device.
 
     `key` seeds weights and batches. augment "shift" moves every batch by up to two pixels (digits),
-    "flip" mirrors half of it (fashion). Plain cross-entropy: p >= 0.9 must mean something.
+    "flip" mirrors half of it (clothes). Plain cross-entropy: p >= 0.9 must mean something.
     """
-    g, n = generator(*key), len(x)
-    batch_size = min(128, n)
+    g = generator(*key)
+    batch_size = min(128, len(x))
     with torch.random.fork_rng():
         torch.manual_seed(seed_from(*key))
         model = MetricClassifier().to(device, memory_format=torch.channels_last).train()
@@ -321,11 +307,12 @@ def train_classifier(x: Tensor, y: Tensor, device: torch.device, *key: int | str
                                       fused=device.type != "mps")
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.01, total_steps=steps,
                                                        pct_start=0.2)
-        for step in progress(range(steps), "training a classifier"):
-            position = step % (n // batch_size)
-            if position == 0:  # a new epoch
-                order = torch.randperm(n, generator=g).to(device)
-            batch = order[position * batch_size:(position + 1) * batch_size]
+        batches = []
+        for _ in progress(range(steps), "training a classifier"):
+            if not batches:  # a new epoch
+                order = torch.randperm(len(x), generator=g).to(device)
+                batches = list(order.split(batch_size))[:len(x) // batch_size]
+            batch = batches.pop(0)
             images, half = x[batch], batch_size // 2
             if augment == "flip":
                 images = torch.cat([images[:half], images[half:].flip(3)])
@@ -348,10 +335,9 @@ def load_classifier(data: Data, device: torch.device) -> MetricClassifier:
     path = HERE / f"results/classifiers/{data.name}.pt"
     if not path.is_file():
         print(f"no {path}: training it, a minute or two on two cores", flush=True)
-        model = train_classifier(
-            data.x_train, data.y_train, device, "classifier", data.name,
-            steps=8 * (len(data.x_train) // 128),  # eight epochs
-            augment="flip" if data.name == "fashion-mnist" else "shift")
+        model = train_classifier(data.x_train, data.y_train, device, "classifier", data.name,
+                                 steps=8 * (len(data.x_train) // 128),  # eight epochs
+                                 augment="flip" if data.name == "fashion-mnist" else "shift")
         save(path, model.half().cpu().state_dict())  # half the size, the same accuracy
     model = MetricClassifier()
     model.load_state_dict(torch.load(path, weights_only=True))
@@ -384,7 +370,7 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
 
 @torch.no_grad()
 def laplace(decoder, x: Tensor, mu: Tensor, residual, weight, widen: float = 1.2, rounds: int = 3,
-            codes: int = 8, directions: int = 40) -> tuple[Tensor, Tensor]:
+            codes: int = 8) -> tuple[Tensor, Tensor]:
     """Gaussian proposals for p(z | x) of images x (B, P) under the prior N(0, I).
 
     Returns the means (B, d) and the Cholesky factors of the precisions (B, d, d). mu (B, d) is
@@ -401,39 +387,32 @@ def laplace(decoder, x: Tensor, mu: Tensor, residual, weight, widen: float = 1.2
     identity = torch.eye(d, device=x.device, dtype=mu.dtype)
     noise = torch.randn(rounds, codes // 2, d, generator=generator("proposal"), dtype=mu.dtype)
     noise = torch.cat([noise, -noise], 1).mT.to(x.device)  # (rounds, d, codes), for every image
+    jacobian = torch.func.vmap(torch.func.jacfwd(lambda code: decoder(code[None])[0]))
 
-    def scaled_jacobian(z: Tensor, basis: Tensor) -> Tensor:
-        """W^1/2 J basis at codes z (N, d) for directions basis (N, d, r): (N, P, r)."""
-        def moved(step, code, directions):
-            return decoder((code + directions @ step)[None])[0]
-        jacobian = torch.func.vmap(torch.func.jacfwd(moved), in_dims=(None, 0, 0))
-        no_step = torch.zeros(basis.shape[2], device=z.device, dtype=z.dtype)
-        return jacobian(no_step, z, basis) * weight(decoder(z)).sqrt()[..., None]
+    def curvature_at(z: Tensor, n: int) -> Tensor:
+        """The mean of J^T W J over the codes z (n K, d) of n images: (n, d, d).
+
+        It is the curvature of -log p(x | z) without its second term, and never negative.
+        """
+        scaled = jacobian(z) * weight(decoder(z)).sqrt()[..., None]  # (n K, P, d)
+        scaled = scaled.reshape(n, -1, d)
+        return scaled.mT @ scaled / (len(z) // n)
 
     means, factors = [], []
     for image, mean in zip(x.split(20), mu.split(20), strict=True):  # Jacobians need memory
         n = len(image)
-        # J^T W J is the curvature of -log p(x | z) without its second term: never negative
-        jacobian = scaled_jacobian(mean, identity.expand(n, d, d))
-        curvature = jacobian.mT @ jacobian  # (n, d, d)
-        # only the directions of largest curvature are averaged; the others stay as they are
-        basis = torch.linalg.eigh(curvature)[1][..., -directions:]  # (n, d, r)
-        others = curvature - basis @ (basis.mT @ curvature @ basis) @ basis.mT
+        curvature = curvature_at(mean, n)
         for t in range(rounds):
             # with the precision L L^T, mean + L^-T noise are codes of the current Gaussian
             factor = torch.linalg.cholesky(identity + curvature)
             away = torch.linalg.solve_triangular(factor.mT, noise[t].expand(n, -1, -1), upper=True)
             z = (mean[..., None] + away).mT.flatten(0, 1)  # (n codes, d)
 
-            jacobian = scaled_jacobian(z, basis.repeat_interleave(codes, 0))
-            jacobian = jacobian.reshape(n, -1, basis.shape[2])  # (n, codes P, r)
-            new = others + basis @ (jacobian.mT @ jacobian / codes) @ basis.mT
             output, pull_back = torch.func.vjp(decoder, z)
             gradient = pull_back(residual(output, image.repeat_interleave(codes, 0)))[0]
             gradient = gradient.view(n, codes, d).mean(1) - mean  # the prior's is -z
-
             rate = (t + 1) ** -0.5
-            curvature = (1 - rate) * curvature + rate * new
+            curvature = (1 - rate) * curvature + rate * curvature_at(z, n)
             newton = torch.linalg.solve(identity + curvature, gradient[..., None])[..., 0]
             mean = mean + rate * newton
         means.append(mean)
@@ -494,22 +473,16 @@ class Run:
         self.folder, self.config, self.save_every = folder, config, save_every
         self.name = "/".join(folder.parts[-2:])
         self.history, self.best, self.best_epoch = [], None, 0
-        self.parts, self.seconds, self.board = {}, 0.0, None
-        if fresh and folder.exists():
-            try:
-                shutil.rmtree(folder)
-            except OSError as error:
-                raise UserError(f"{folder} cannot be deleted: {error.strerror}") from None
+        if fresh:
+            shutil.rmtree(folder, ignore_errors=True)  # what cannot be deleted is seen by save
         file = folder / "config.json"
         if file.exists() and load_json(file) != config:
             raise UserError(f"{folder} holds a run of another configuration; --fresh replaces it, "
                             "another --out-dir keeps it")
         save(file, config)
+        self.board = None
         if tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                raise UserError("--tensorboard: pip install tensorboard first") from None
+            from torch.utils.tensorboard import SummaryWriter  # not in requirements.txt
             self.board = SummaryWriter(str(folder / "logs"))
 
     def restore(self, **parts) -> None:
@@ -539,33 +512,29 @@ class Run:
         """The epochs still to train, from 1, behind a progress bar. Each seeds torch's noise."""
         first, last = len(self.history) + 1, self.config["epochs"]
         print(f"training {self.name}, epochs {first} to {last}", flush=True)
-        self.bar = tqdm(total=last, initial=first - 1, disable=None, leave=False)
-        for epoch in range(first, last + 1):
-            torch.manual_seed(seed_from(self.config["seed"], "noise", epoch))
-            yield epoch
-        self.bar.close()
+        with tqdm(total=last, initial=first - 1, disable=None, leave=False) as self.bar:
+            for epoch in range(first, last + 1):
+                torch.manual_seed(seed_from(self.config["seed"], "noise", epoch))
+                self.start = time.perf_counter()
+                yield epoch
 
-    def batches(self, n: int, device: torch.device, drop_last: bool = True):
-        """The indices of each batch, shuffled by (seed, epoch). Times the steps between them."""
+    def batches(self, n: int, device: torch.device, drop_last: bool = True) -> list[Tensor]:
+        """The indices of each batch of n images, shuffled by (seed, epoch)."""
         g = generator(self.config["seed"], "order", len(self.history) + 1)
         order = torch.randperm(n, generator=g).to(device)
         size = min(self.config["batch_size"], n)
-        if drop_last:
+        if drop_last:  # a smaller one would count as much as the others
             order = order[:n // size * size]
-        start = time.perf_counter()
-        yield from order.split(size)
-        if device.type == "cuda":
-            torch.cuda.synchronize()  # its steps may still be running
-        self.seconds = time.perf_counter() - start
+        return order.split(size)
 
     def log(self, row: dict[str, float], best=None) -> None:
         """End an epoch: history, log, checkpoint, and best_model.pt if `best`, a number or a tuple,
         is the lowest so far. Raises Diverged if a number is not finite.
         """
         epoch, last = len(self.history) + 1, self.config["epochs"]
-        row = {"epoch": epoch, **row, "seconds": self.seconds}
+        seconds = time.perf_counter() - self.start  # of training and validation
+        row = {"epoch": epoch, **row, "seconds": seconds}
         if not all(map(math.isfinite, row.values())):
-            self.bar.close()
             raise Diverged(f"a loss of {self.name} is not finite in epoch {epoch}; its folder "
                            "keeps the epoch before; try a lower --lr with --fresh")
         self.history.append(row)
@@ -584,13 +553,48 @@ class Run:
         self.bar.set_description(line, refresh=False)
         self.bar.update()
         if self.bar.disable:  # not a terminal but a log file
-            left = (last - epoch) * self.seconds / 60
-            print(f"{line}  {self.seconds:.1f} s, {left:.0f} min left", flush=True)
-        with open(self.folder / "training.log", "a", encoding="utf-8") as file:
-            print(line, file=file)
+            left = (last - epoch) * seconds / 60
+            print(f"{line}  {seconds:.1f} s, {left:.0f} min left", flush=True)
         if epoch % self.save_every == 0 or epoch == last:  # the last write of an epoch
             done = self.history, self.best, self.best_epoch
             save(self.folder / "checkpoint.pt", {"progress": done, **states})
+
+
+def announce(configs: list[dict], root: Path, device: torch.device) -> None:
+    """The first line: what will run, where the results go, on which device."""
+    print(f"{root.parent.name}: runs: {len(configs)}, data: {root.name}, device: {device}, "
+          f"threads: {torch.get_num_threads()}, results: {root}", flush=True)
+
+
+def run_all(configs: list[dict], root: Path, variant, args, device: torch.device,
+            train_and_measure, report) -> dict:
+    """Each configuration's metrics, from its folder if it is finished, else train_and_measure(run).
+
+    variant(config) names the folder. A run that diverges does not stop the others; report(root)
+    comes last. Raises UserError if a run diverged.
+    """
+    made = environment(device)  # before training: the commit that is run
+    results, diverged = {}, []
+    for config in configs:
+        run = Run(root / variant(config) / f"seed_{config['seed']}", config, args.fresh,
+                  tensorboard=args.tensorboard)
+        file = run.folder / "final_metrics.json"
+        if file.exists():
+            print(f"{run.name}: finished before; --fresh would train it again", flush=True)
+            results[run.name] = load_json(file)
+            continue
+        try:
+            results[run.name] = {**train_and_measure(run), "environment": made}
+            save(file, results[run.name])
+        except Diverged as error:
+            print(f"warning: {error}", flush=True)
+            diverged.append(run.name)
+    if results:
+        report(root)
+    if diverged:
+        raise UserError(f"{len(diverged)} of {len(configs)} runs diverged: {', '.join(diverged)}; "
+                        "try a lower --lr with --fresh")
+    return results
 
 
 def save(path: Path, content) -> None:
@@ -633,17 +637,15 @@ def environment(device: torch.device) -> dict:
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     elif Path("/proc/cpuinfo").exists():
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                name = line.split(":")[1].strip()
+        models = re.findall("model name.*: (.*)", Path("/proc/cpuinfo").read_text())
+        name = models[0] if models else name
     if shutil.which("git"):
         git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, text=True,
                              capture_output=True)
         commit = git.stdout.strip() or commit
     return {"command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]), "commit": commit,
             "device": f"{device.type}: {name}", "threads": torch.get_num_threads(),
-            "torch": torch.__version__, "numpy": np.__version__,
-            "python": platform.python_version(), "date": time.strftime("%Y-%m-%d")}
+            "torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}
 
 
 def finished_runs(root: Path) -> list[dict]:
@@ -682,31 +684,29 @@ def suffix(config: dict, **defaults) -> str:
 # None. A column is (title, key, digits).
 
 
-def mean_std(values, digits: int = 2) -> str:
-    """'0.97 ± 0.03': mean and standard deviation (n - 1) where the values differ."""
-    text = f"{np.mean(values):.{digits}f}"
-    if np.ptp(values) > 0:
-        text += f" ± {np.std(values, ddof=1):.{digits}f}"
-    return text.replace("-", "−")
-
-
 def markdown_table(lines: list[list[str]], n_text: int) -> str:
     """The first line is the header, the first n_text columns are text. Reads as plain text too."""
     rule = [":--"] * n_text + ["--:"] * (len(lines[0]) - n_text)
-    lines = [lines[0], rule, *lines[1:]]
     columns = []
-    for i, cells in enumerate(zip(*lines, strict=True)):
+    for i, cells in enumerate(zip(lines[0], rule, *lines[1:], strict=True)):
         width = max(map(len, cells))
         columns.append([c.ljust(width) if i < n_text else c.rjust(width) for c in cells])
     return "\n".join("| " + " | ".join(cells) + " |" for cells in zip(*columns, strict=True))
 
 
 def cell(seeds: dict, key: str, digits: int) -> str:
-    """A number over the seeds of a row as `mean_std`, "–" if none has it; a text as it is."""
+    """'0.97 ± 0.03': mean and standard deviation (n - 1) over the seeds of a row; a text as it is;
+    "–" if no seed has the key.
+    """
     values = [numbers[key] for numbers in seeds.values() if key in numbers]
-    if values and isinstance(values[0], str):
+    if not values:
+        return "–"
+    if isinstance(values[0], str):
         return values[0]
-    return mean_std(values, digits) if values else "–"
+    text = f"{np.mean(values):.{digits}f}"
+    if np.ptp(values) > 0:  # more than one, and not all the same
+        text += f" ± {np.std(values, ddof=1):.{digits}f}"
+    return text.replace("-", "−")
 
 
 def results_table(rows: dict, names: list[str], columns: list[tuple]) -> str:
@@ -756,12 +756,9 @@ def paired_table(rows: dict, pairs: list[tuple], columns: list[tuple]) -> str:
     lines = [["difference, paired by seed", *(title for title, _, _ in columns)]]
     for a, b in pairs:
         shared, only_a, only_b = contrast(a, b)
-        cells, most = [], 0
-        for _, key, digits in columns:
-            sign, text, n = difference(rows, a, b, key, digits)
-            cells.append(f"**{text}**" if sign and n > 1 else text)
-            most = max(most, n)
-        if most > 0:
+        found = [difference(rows, a, b, key, digits) for _, key, digits in columns]
+        cells = [f"**{text}**" if sign and n > 1 else text for sign, text, n in found]
+        if set(cells) != {"–"}:
             lines.append([f"{shared}: {only_a} − {only_b}", *cells])
     return markdown_table(lines, 1) if len(lines) > 1 else ""
 
@@ -774,15 +771,6 @@ def verdict(rows: dict, a: tuple, b: tuple, title: str, key: str, digits: int) -
     if sign:
         finding = f"{only_a} has a {'lower' if sign < 0 else 'higher'} {title} than {only_b}"
     return f"{shared}: {finding} ({text})." if n else ""
-
-
-def save_results(path: Path, rows: dict, names: list[str]) -> None:
-    """results.csv: a line for each row and seed, with every number."""
-    lines = []
-    for name, seeds in rows.items():
-        for seed, numbers in seeds.items():
-            lines.append({**dict(zip(names, name, strict=True)), "seed": seed, **numbers})
-    save(path, lines)
 
 
 def how_made(runs: list[dict]) -> str:
@@ -800,6 +788,25 @@ def how_made(runs: list[dict]) -> str:
             + "\n".join(commands) + "\n```\n")
 
 
+def glossary(root: Path) -> str:
+    """A link from root to the README's definitions."""
+    readme = Path(os.path.relpath(HERE / "README.md", root)).as_posix()
+    return f"[What the columns mean]({readme}#what-the-numbers-mean)."
+
+
+def write_report(root: Path, sections: list[str], rows: dict, names: list[str]) -> None:
+    """report.md of the sections that are not empty, and results.csv: a line for each row and seed
+    with every number. Prints where they are.
+    """
+    lines = []
+    for name, seeds in rows.items():
+        for seed, numbers in seeds.items():
+            lines.append({**dict(zip(names, name, strict=True)), "seed": seed, **numbers})
+    save(root / "results.csv", lines)
+    save(root / "report.md", "\n\n".join(filter(None, sections)))
+    print(f"\nreport: {root / 'report.md'}", flush=True)
+
+
 # ---------------------------------------------------------------------------------------- Figures
 
 
@@ -810,23 +817,16 @@ def save_figure(path: Path, figure: Figure) -> None:
     save(path, picture.getvalue())
 
 
-def save_grid(path: Path, x: Tensor, columns: int, title: str, row_labels=(),
-              framed=None) -> None:
-    """Images (N, 1, 28, 28) in [0, 1] in rows of `columns`, black on white like ink.
-
-    row_labels name the rows; images where `framed` (N,) is true have a grey border.
-    """
-    tiles = F.pad(x.cpu(), (1, 1, 1, 1))  # (N, 1, 30, 30)
-    if framed is not None:
-        tiles[framed] = F.pad(x.cpu()[framed], (1, 1, 1, 1), value=0.5)
-    picture = 1 - make_grid(tiles, columns, padding=0)[0]
+def save_grid(path: Path, x: Tensor, columns: int, title: str, row_labels=()) -> None:
+    """Images (N, 1, 28, 28) in [0, 1] in rows of `columns`, black on white like ink."""
+    picture = 1 - make_grid(x.cpu(), columns, padding=2)[0]
     height, width = picture.shape
     figure = Figure(figsize=(0.014 * width, 0.014 * height))
     axes = figure.add_axes((0, 0, 1, 1))
     axes.imshow(picture.numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     axes.set_title(title, fontsize=9)
     axes.set_xticks([])
-    axes.set_yticks(30 * np.arange(len(row_labels)) + 15, row_labels, fontsize=8)
+    axes.set_yticks(30 * np.arange(len(row_labels)) + 16, row_labels, fontsize=8)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     save_figure(path, figure)
@@ -865,20 +865,6 @@ def plot_codes(path: Path, codes: np.ndarray, labels: np.ndarray, title: str) ->
         points = axes.scatter(*codes.T, c=labels, cmap="tab10", s=3, alpha=0.6)
         axes.legend(*points.legend_elements(), loc="center left", bbox_to_anchor=(1, 0.5))
         axes.set_aspect("equal")
-    save_figure(path, figure)
-
-
-def heat_map(path: Path, values: np.ndarray, row_labels, column_labels, title: str,
-             **colours) -> None:
-    """Numbers (rows, columns) in coloured cells; colours: cmap and norm, as for axes.imshow."""
-    figure = Figure(figsize=(1 + 0.6 * values.shape[1], 1 + 0.3 * values.shape[0]))
-    axes = figure.subplots()
-    axes.imshow(values, aspect="auto", alpha=0.6, **colours)
-    for (row, column), value in np.ndenumerate(values):
-        axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=8)
-    axes.set_xticks(range(values.shape[1]), column_labels, fontsize=8)
-    axes.set_yticks(range(values.shape[0]), row_labels, fontsize=8)
-    axes.set_title(title, fontsize=9)
     save_figure(path, figure)
 
 

@@ -32,7 +32,6 @@ arXiv:1609.04468 (spherical interpolation); Duchi et al. 2011 (Adagrad).
 import functools
 import itertools
 import math
-import os
 from pathlib import Path
 
 import numpy as np
@@ -256,7 +255,8 @@ def train(run: common.Run, x_train: Tensor, x_val: Tensor, use_compile: bool) ->
     torch.manual_seed(common.seed_from(config["seed"], "weights"))
     model = VAE(config).to(device, memory_format=torch.channels_last)
     optimizer = make_optimizer(config["optimizer"], model, config["lr"])
-    run.restore(model=model, optimizer=optimizer)
+    schedule = common.cosine_schedule(optimizer, config["epochs"])
+    run.restore(model=model, optimizer=optimizer, schedule=schedule)
     loss_function = common.compiled(objective, use_compile, device)
     low_precision = config["precision"] == "bfloat16"
 
@@ -271,11 +271,11 @@ def train(run: common.Run, x_train: Tensor, x_val: Tensor, use_compile: bool) ->
         optimizer.step()
         return losses.detach().clone()  # a compiled function on CUDA reuses its output
 
-    for epoch in run.epochs():
-        common.set_rate(optimizer, common.cosine(config["lr"], epoch, config["epochs"]))
+    for _ in run.epochs():
         of_steps = []
         for batch in run.batches(len(x_train), device):
             of_steps.append(step(x_train[batch]))
+        schedule.step()
         train_losses = torch.stack(of_steps).mean(0).tolist()
         # the same noise in every epoch, so that only the model changes the validation loss
         torch.manual_seed(common.seed_from(config["seed"], "validation"))
@@ -301,16 +301,10 @@ def mean_losses(model: VAE, x: Tensor, config: dict) -> list[float]:
 # ---------------------------------------------------------------------------- Sample and measure
 
 
-@torch.no_grad()
-def in_chunks(function, x: Tensor, device: torch.device) -> Tensor:
-    """function(x), a thousand rows at a time on the device; the result is on the CPU."""
-    return torch.cat([function(chunk.to(device)).cpu() for chunk in x.split(1000)])
-
-
 def sample(model: VAE, n: int, config: dict, device: torch.device) -> Tensor:
     """Decoded means (n, 1, 28, 28) of codes from the prior N(0, I)."""
     g = common.generator(config["seed"], "prior")
-    return in_chunks(model.decode, torch.randn(n, config["latent_dim"], generator=g), device)
+    return common.in_chunks(model.decode, torch.randn(n, config["latent_dim"], generator=g), device)
 
 
 @torch.no_grad()
@@ -432,8 +426,8 @@ def interpolate(data: common.Data, mu: Tensor, decode, classifier, grey: bool) -
 
     mu (10000, d) are the codes of the test images. Shares with p >= 0.9 at each of the eleven
     places, by path: "linear" and "spherical" between codes; for a model of grey pixels also
-    "pixels" between the images themselves, and "real" for test images. Then the first six pairs of
-    every path: images (6, 11, 1, 28, 28), and whether the classifier is sure of them, (6, 11).
+    "pixels" between the images themselves, and "real" for test images. Then the images of the
+    first six pairs by path, (6, 11, 1, 28, 28).
     """
     order = torch.randperm(len(data.x_test), generator=common.generator("interpolation"))
     a, b = order[:len(order) // 2], order[len(order) // 2:]
@@ -441,25 +435,19 @@ def interpolate(data: common.Data, mu: Tensor, decode, classifier, grey: bool) -
     a, b = a[differs][:N_PAIRS], b[differs][:N_PAIRS]
 
     def is_sure(x: Tensor) -> Tensor:
-        return classifier.predict(x)[1].amax(1) >= 0.9
+        return (classifier.predict(x)[1].amax(1) >= 0.9).double()
 
     paths = {"linear": decode(lerp(mu[a], mu[b], FRACTIONS).flatten(0, 1)),
              "spherical": decode(slerp(mu[a], mu[b], FRACTIONS).flatten(0, 1))}
-    shares, pictures = {"pairs": len(a)}, {}
+    shares = {"pairs": len(a)}
     if grey:
         x_a, x_b = data.x_test[a], data.x_test[b]
-        shares["real"] = is_sure(torch.cat([x_a, x_b])).double().mean().item()
+        shares["real"] = is_sure(torch.cat([x_a, x_b])).mean().item()
         paths["pixels"] = lerp(x_a.flatten(1), x_b.flatten(1), FRACTIONS).view(-1, 1, 28, 28)
     for name, x in paths.items():
-        sure = is_sure(x).view(len(a), len(FRACTIONS))
-        shares[name] = sure.double().mean(0).tolist()
-        pictures[name] = x.view(len(a), len(FRACTIONS), 1, 28, 28)[:6], sure[:6]
-    return shares, pictures
-
-
-def entropy(p: Tensor) -> Tensor:
-    """Entropy of Bernoulli variables with the probabilities p, in nats."""
-    return torch.special.entr(p) + torch.special.entr(1 - p)
+        shares[name] = is_sure(x).view(len(a), len(FRACTIONS)).mean(0).tolist()
+        paths[name] = x.view(len(a), len(FRACTIONS), 1, 28, 28)[:6]
+    return shares, paths
 
 
 def evaluate(run: common.Run, model: VAE, best_epoch: int, data: common.Data, classifier,
@@ -468,28 +456,29 @@ def evaluate(run: common.Run, model: VAE, best_epoch: int, data: common.Data, cl
 
     real_features are those of the test images and of 10,000 training images.
     """
-    config, best = run.config, run.history[best_epoch - 1]
-    grey = config["binarize"] == "none"
+    config, grey = run.config, run.config["binarize"] == "none"
     x_test = data.x_test if grey else binarize(data.x_test, "test")
     x_test = x_test.to(device)
-    decode = functools.partial(in_chunks, model.decode, device=device)
+    decode = functools.partial(common.in_chunks, model.decode, device=device)
     print("measuring: the bound, log p(x), samples, pictures", flush=True)
-    metrics = {"best_epoch": best_epoch, "train": {}, "validation": {}}
-    metrics["parameters"] = sum(weight.numel() for weight in model.parameters())
+    metrics = {"best_epoch": best_epoch, "validation": {}}
     for name in ["loss", "reconstruction", "kl"]:
-        metrics["train"][name] = best[f"train_{name}"]
-        metrics["validation"][name] = best[f"val_{name}"]
+        metrics["validation"][name] = run.history[best_epoch - 1][f"val_{name}"]
+    metrics["parameters"] = sum(weight.numel() for weight in model.parameters())
 
     # the bound of the test images: ten codes an image, so that the noise is below 0.02 nats
     torch.manual_seed(common.seed_from(config["seed"], "test"))
     elbo_config = {**config, "objective": "elbo"}
     passes = [mean_losses(model, x_test, elbo_config) for _ in range(10)]
-    test_loss, reconstruction, kl = np.mean(passes, 0).tolist()
-    negative_elbo = reconstruction + kl  # whatever the loss is
+    _, reconstruction, kl = np.mean(passes, 0).tolist()
+    negative_elbo = reconstruction + kl
+    metrics |= {"negative_elbo": negative_elbo, "reconstruction": reconstruction, "kl": kl}
     if config["objective"] == "iwae":
-        test_loss = mean_losses(model, x_test, config)[0]
-    metrics |= {"negative_elbo": negative_elbo, "reconstruction": reconstruction, "kl": kl,
-                "test_loss": test_loss}
+        metrics["negative_iwae"] = mean_losses(model, x_test, config)[0]
+    # the least that a model of grey pixels can reach
+    p = data.x_test.double()
+    entropy = torch.special.entr(p) + torch.special.entr(1 - p)
+    metrics["pixel_entropy"] = entropy.sum().item() / len(p)
 
     # what the bound hides
     order = torch.randperm(len(x_test), generator=common.generator("likelihood"))
@@ -497,7 +486,7 @@ def evaluate(run: common.Run, model: VAE, best_epoch: int, data: common.Data, cl
     metrics["likelihood"] = estimate_likelihood(model, chosen, config["latent_dim"], negative_elbo)
 
     # how the latent dimensions are used
-    mu, logvar = in_chunks(model.encoder, x_test, device).chunk(2, dim=1)  # (10000, d) each
+    mu, logvar = common.in_chunks(model.encoder, x_test, device).chunk(2, dim=1)  # (10000, d) each
     metrics["kl_per_dimension"] = kl_per_dimension(mu, logvar).mean(0).tolist()
     metrics["active_units"] = int((mu.var(0) > 0.01).sum())
 
@@ -509,11 +498,6 @@ def evaluate(run: common.Run, model: VAE, best_epoch: int, data: common.Data, cl
     metrics["interpolation"], paths = interpolate(data, mu, decode, classifier, grey)
     metrics["classifier"] = {"accuracy": classifier.accuracy, "sha256": classifier.sha256}
     figures(run, data, x_test.cpu(), mu, samples, decode, paths)
-
-    # the least that a model of grey pixels can reach, and what one of independent pixels reaches
-    p = data.x_test.double()
-    metrics["pixel_entropy"] = entropy(p).sum().item() / len(p)
-    metrics["independent_pixels"] = entropy(p.mean(0)).sum().item()
     seconds = [row["seconds"] for row in run.history]
     metrics["seconds_per_epoch"] = float(np.median(seconds))
     metrics["seconds_train"] = sum(seconds)
@@ -526,7 +510,8 @@ NAMES = ["net", "latent", "pixels", "bound", "training"]  # the parts of a row's
 COLUMNS = [
     ("validation", "validation.loss", 2), ("−ELBO", "negative_elbo", 2),
     ("NLL", "likelihood.nll", 2), ("published", "published", 0), ("gap", "likelihood.gap", 2),
-    ("active units", "active_units", 0), ("FID / floor", "fid_ratio", 1)]
+    ("estimate − exact", "estimate_error", 3), ("active units", "active_units", 0),
+    ("FID / floor", "fid_ratio", 1)]
 DIFFERENCES = [("−ELBO", "negative_elbo", 2), ("NLL", "likelihood.nll", 2),
                ("FID / floor", "fid_ratio", 1)]
 MLP = ("mlp 500", "20-D", "binarised", "ELBO")
@@ -541,7 +526,6 @@ PUBLISHED = {  # by student projects, which do not state their protocol, and by 
     (*BURDA, "ELBO", "adam 0.001"): "NLL 86.76",
     (*BURDA, "IWAE 5", "adam 0.001"): "NLL 85.54"}
 REAL = ("real test images", "", "grey", "", "")
-INDEPENDENT = ("independent pixels", "", "", "", "")
 
 
 def figures(run: common.Run, data: common.Data, x_test: Tensor, mu: Tensor, samples: Tensor, decode,
@@ -560,43 +544,37 @@ def figures(run: common.Run, data: common.Data, x_test: Tensor, mu: Tensor, samp
         "KL": ["train_kl", "val_kl"]})
     common.plot_codes(folder / "codes.png", mu.numpy(), data.y_test.numpy(), f"{name}: codes")
 
-    quantiles = torch.special.ndtri((torch.arange(20) + 0.5) / 20)  # of the prior, evenly spread
-    if d == 1:
-        common.save_grid(folder / "decoded_line.png", decode(quantiles[:, None]), 20,
-                         "decoded line: z from the 2.5 % to the 97.5 % quantile of the prior")
-    elif d == 2:
-        plane = torch.cartesian_prod(quantiles.flip(0), quantiles).flip(1)  # up is up
-        common.save_grid(folder / "decoded_plane.png", decode(plane), 20,
-                         "decoded plane: quantiles of the prior, 2.5 % to 97.5 % on each axis")
-
-    # (6, paths, 11, ...): six pairs of images, a row for each path between them
-    x = torch.stack([images for images, _ in paths.values()], 1).flatten(0, 2)
-    sure = torch.stack([is_sure for _, is_sure in paths.values()], 1).flatten()
-    common.save_grid(folder / "interpolation.png", x, len(FRACTIONS),
-                     f"{name}: between two test images (framed: p < 0.9)", [*paths] * 6,
-                     framed=~sure)
+    z = torch.special.ndtri((torch.arange(20) + 0.5) / 20)[:, None]  # quantiles of the prior
+    if d == 2:
+        z = torch.cartesian_prod(z[:, 0].flip(0), z[:, 0]).flip(1)  # up is up
+    if d <= 2:
+        common.save_grid(folder / "decoded.png", decode(z), 20,
+                         "decoded codes: from the 2.5 % to the 97.5 % quantile of the prior")
+    # six pairs of images, a row for each path between them
+    between = torch.stack(list(paths.values()), 1).flatten(0, 2)
+    common.save_grid(folder / "interpolation.png", between, len(FRACTIONS),
+                     f"{name}: between two test images", [*paths] * 6)
 
 
 def rows(runs: list[dict]) -> dict:
     """Row name -> seed -> numbers: the one place where JSON becomes a table."""
-    table = {REAL: {}, INDEPENDENT: {}}
+    table = {REAL: {}}
     for run in sorted(runs, key=lambda run: row_name(run["config"])):
         name, numbers = row_name(run["config"]), common.flat(run["metrics"])
         numbers["fid_ratio"] = numbers["fid"] / numbers["fid_floor"]
         for path in ["linear", "spherical"]:
             shares = run["metrics"]["interpolation"][path]
             numbers[f"{path}_half_way"] = shares[len(shares) // 2]
-        if "likelihood.exact_subset" in numbers:
-            numbers["estimate_error"] = abs(
+        if run["config"]["latent_dim"] <= 2:
+            numbers["estimate_error"] = (
                 numbers["likelihood.nll_subset"] - numbers["likelihood.exact_subset"])
         if run["config"]["binarize"] == "none":
             del numbers["likelihood.nll"]  # a cross-entropy is no likelihood of grey pixels
         if run["config"]["dataset"] == "mnist" and name in PUBLISHED:
             numbers["published"] = PUBLISHED[name]
         table.setdefault(name, {})[run["config"]["seed"]] = numbers
-        # the least that a model of grey pixels can reach, and what one without codes does
+        # the least that a model of grey pixels can reach
         table[REAL][None] = {"negative_elbo": numbers["pixel_entropy"], "fid_ratio": 1.0}
-        table[INDEPENDENT][None] = {"negative_elbo": numbers["independent_pixels"]}
     return table
 
 
@@ -632,36 +610,24 @@ def answer(table: dict) -> list[str]:
     return [line for line in lines if line]
 
 
-def strip(folder: Path, row: int) -> Tensor:
-    """A row of a run's samples.png, (20, 1, 28, 28): 1 has reconstructions, from 2 on samples."""
-    pixels = 1 - torch.from_numpy(imread(folder / "samples.png")[::2, ::2, 0])  # (7 * 28, 20 * 28)
-    return pixels[28 * row:28 * row + 28].view(28, 20, 28).transpose(0, 1)[:, None]
-
-
 def pictures(root: Path, table: dict, runs: list[dict]) -> list[str]:
     """The report's pictures: those of all nets, drawn here, and some of single runs."""
     folders = {}  # of the first seed that has pictures
     for run in runs:
         if (run["folder"] / "samples.png").exists():
             folders.setdefault(row_name(run["config"]), run["folder"])
+    strips = []
+    for folder in folders.values():  # its first row of samples, (28, 20 * 28), drawn twice as large
+        pixels = 1 - imread(folder / "samples.png")[4 * 28:6 * 28:2, ::2, 0]
+        strips.append(torch.from_numpy(pixels).view(28, 20, 28).transpose(0, 1)[:, None])
     labels = [", ".join(name) for name in folders]
-    for row, title in [(1, "reconstructions"), (2, "samples")]:
-        strips = torch.cat([strip(folder, row) for folder in folders.values()])
-        common.save_grid(root / f"{title}.png", strips, 20, title, labels)
+    common.save_grid(root / "samples.png", torch.cat(strips), 20, "samples", labels)
     common.plot_points(root / "negative_elbo.png", table, "negative_elbo", "−ELBO, nats per image")
-    shares = []
-    for name in folders:
-        of_seeds = [[numbers["linear_half_way"], numbers["spherical_half_way"]]
-                    for numbers in table[name].values()]
-        shares.append(np.mean(of_seeds, axis=0))
-    common.heat_map(root / "half_way.png", np.array(shares), labels, ["on a line", "on an arc"],
-                    "half-way: share with p ≥ 0.9", cmap="Blues")
-    files = [root / f"{name}.png" for name in
-             ["samples", "reconstructions", "negative_elbo", "half_way"]]
+    files = [root / "samples.png", root / "negative_elbo.png"]
     for name, folder in folders.items():
-        files += sorted(folder.glob("decoded_*.png"))
+        files += folder.glob("decoded.png")
         if name in best_rows(table):
-            files += [folder / "codes.png", folder / "interpolation.png"]
+            files += [folder / "samples.png", folder / "codes.png", folder / "interpolation.png"]
     paths = [file.relative_to(root).as_posix() for file in files]
     return [f"![{path.removesuffix('.png')}]({path})" for path in paths]
 
@@ -674,29 +640,17 @@ def report(root: Path) -> None:
     table = rows(runs)
     lines = "\n".join(f"- {line}" for line in answer(table))
     results = common.results_table(table, NAMES, COLUMNS)
-    readme = Path(os.path.relpath(common.HERE / "README.md", root)).as_posix()
-    sections = [
+    print(f"\n{lines}\n\n{results}")
+    common.write_report(root, [
         f"# Variational autoencoders on {common.DATASETS[root.name]}",
         "How good is a VAE, and how much does its bound hide?",
         f"**Answer.**\n\n{lines}",
         results,
         "Losses are nats per image, mean ± standard deviation over n seeds. "
-        f"[What the columns mean]({readme}#what-the-numbers-mean).",
-        common.paired_table(table, PAIRS, DIFFERENCES)]
-    errors, largest = [], []
-    for seeds in table.values():
-        for numbers in seeds.values():
-            if "estimate_error" in numbers:
-                errors.append(numbers["estimate_error"])
-                largest.append(numbers["likelihood.largest_difference"])
-    if errors:
-        sections.append(
-            "For one and two dimensions log p(x) is known exactly. The estimate is off by at most "
-            f"{max(errors):.3f} nats in the mean of a run, by {max(largest):.2f} for one image.")
-    sections += [*pictures(root, table, runs), common.how_made(runs)]
-    common.save(root / "report.md", "\n\n".join(sections))
-    common.save_results(root / "results.csv", table, NAMES)
-    print(f"\n{lines}\n\n{results}\n\nreport: {root / 'report.md'}", flush=True)
+        f"{common.glossary(root)}",
+        common.paired_table(table, PAIRS, DIFFERENCES),
+        *pictures(root, table, runs),
+        common.how_made(runs)], table, NAMES)
 
 
 # ------------------------------------------------------------------------------------------ main
@@ -704,49 +658,27 @@ def report(root: Path) -> None:
 
 def main(argv=None) -> dict:
     args = parse_args(argv)
-    root = Path(args.out_dir) / "vae_mnist"
+    folder = Path(args.out_dir) / "vae_mnist"
     if args.report_only:
-        report(root / (args.dataset or "mnist"))
+        report(folder / (args.dataset or "mnist"))
         return {}
     device = common.pick_device(args.device)
     data = common.load_data(args.dataset, args.data_dir)
-    root = root / data.name
-    configs = configurations(args, data.name)[args.shard]
-    print(f"vae_mnist: runs: {len(configs)}, data: {data.name}, device: {device}, threads: "
-          f"{torch.get_num_threads()}, results: {root}", flush=True)
-    environment = common.environment(device)  # before training: the commit that is run
+    root, configs = folder / data.name, configurations(args, data.name)[args.shard]
+    common.announce(configs, root, device)
     classifier = common.load_classifier(data, device)
     real_features = [classifier.predict(x)[0] for x in (data.x_test, data.x_train[:10_000])]
 
-    results, diverged = {}, []
-    for config in configs:
-        indices = common.split(data, config)
+    def train_and_measure(run: common.Run) -> dict:
+        indices = common.split(data, run.config)
         x_train, x_val = data.x_train[indices["train"]], data.x_train[indices["val"]]
-        if config["binarize"] == "dynamic":
-            x_val = binarize(x_val, config["seed"], "val")
-        run = common.Run(root / variant(config) / f"seed_{config['seed']}", config, args.fresh,
-                         tensorboard=args.tensorboard)
-        file = run.folder / "final_metrics.json"
-        if file.exists():
-            print(f"{run.name}: finished before; --fresh would train it again", flush=True)
-            results[run.name] = common.load_json(file)
-            continue
-        try:
-            model, best_epoch = train(run, x_train.to(device), x_val.to(device), args.compile)
-        except common.Diverged as error:  # a rate too high must not cost the rest of a sweep
-            print(f"warning: {error}", flush=True)
-            diverged.append(run.name)
-            continue
-        metrics = evaluate(run, model, best_epoch, data, classifier, real_features,
-                           args.likelihood_images, device)
-        results[run.name] = metrics | {"environment": environment}
-        common.save(file, results[run.name])
-    if results:
-        report(root)
-    if diverged:
-        raise common.UserError(f"{len(diverged)} of {len(configs)} runs diverged: "
-                               f"{', '.join(diverged)}; try a lower --lr with --fresh")
-    return results
+        if run.config["binarize"] == "dynamic":
+            x_val = binarize(x_val, run.config["seed"], "val")
+        model, best_epoch = train(run, x_train.to(device), x_val.to(device), args.compile)
+        return evaluate(run, model, best_epoch, data, classifier, real_features,
+                        args.likelihood_images, device)
+
+    return common.run_all(configs, root, variant, args, device, train_and_measure, report)
 
 
 if __name__ == "__main__":
