@@ -329,8 +329,8 @@ def train_classifier(x: Tensor, y: Tensor, device: torch.device, *key: int | str
 def load_classifier(data: Data, device: torch.device) -> MetricClassifier:
     """The metric classifier of a dataset from results/classifiers; trained once if it is missing.
 
-    `accuracy` is that on the test images, `sha256` that of its file: the numbers of two
-    classifiers do not compare.
+    `test_features` and `test_probs` are its predictions for the test images, `accuracy` is theirs.
+    `sha256` is that of its file: the numbers of two classifiers do not compare.
     """
     path = HERE / f"results/classifiers/{data.name}.pt"
     if not path.is_file():
@@ -343,8 +343,8 @@ def load_classifier(data: Data, device: torch.device) -> MetricClassifier:
     model.load_state_dict(torch.load(path, weights_only=True))
     model = model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
     model.sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-    predicted = model.predict(data.x_test)[1].argmax(1)
-    model.accuracy = (predicted == data.y_test).double().mean().item()
+    model.test_features, model.test_probs = model.predict(data.x_test)
+    model.accuracy = (model.test_probs.argmax(1) == data.y_test).double().mean().item()
     return model
 
 
@@ -363,6 +363,15 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     cross = torch.linalg.eigvalsh(root_a @ cov_b @ root_a).clamp(min=0).sqrt().sum()
     means = (a.mean(0) - b.mean(0)).square().sum()
     return float(means + cov_a.trace() + cov_b.trace() - 2 * cross)
+
+
+def nearest(x: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+    """Distance (L2) of each image to the nearest reference image, and that one's index, (N,)."""
+    a, b = x.flatten(1), reference.flatten(1)
+    norm = b.square().sum(1)
+    parts = [torch.addmm(norm, chunk, b.T, alpha=-2).argmin(1) for chunk in a.split(1000)]
+    index = torch.cat(parts)
+    return (a - b[index]).norm(dim=1), index  # exact: products alone would cancel for near copies
 
 
 # ------------------------------------------------------------------------------------- Likelihood
@@ -703,7 +712,7 @@ def cell(seeds: dict, key: str, digits: int) -> str:
         return "–"
     if isinstance(values[0], str):
         return values[0]
-    text = f"{np.mean(values):.{digits}f}"
+    text = f"{round(float(np.mean(values)), digits) + 0.0:.{digits}f}"  # no -0.00
     if np.ptp(values) > 0:  # more than one, and not all the same
         text += f" ± {np.std(values, ddof=1):.{digits}f}"
     return text.replace("-", "−")
@@ -868,20 +877,29 @@ def plot_codes(path: Path, codes: np.ndarray, labels: np.ndarray, title: str) ->
     save_figure(path, figure)
 
 
-def plot_points(path: Path, rows: dict, key: str, title: str, band=None, scale="linear") -> None:
-    """A number of every seed, in a line for each row; the band (low, high) is where it is good."""
+def plot_points(path: Path, rows: dict, key: str, title: str, band=None, log: bool = False) -> None:
+    """A number of every seed, in a line for each row; the band (low, high) is where it is good.
+
+    On a logarithmic axis what is below 0.01 stands at 0.01.
+    """
     figure = Figure(figsize=(6, 1 + 0.28 * len(rows)))
     axes = figure.subplots()
     labels = []
     for name, seeds in rows.items():
         if None not in seeds:  # not the row of real images
             values = [numbers[key] for numbers in seeds.values() if key in numbers]
-            axes.plot(values, [len(labels)] * len(values), "C0o", alpha=0.5)
+            shown = np.maximum(values, 0.01) if log else values
+            axes.plot(shown, [len(labels)] * len(values), "C0o", alpha=0.5)
             labels.append(f"{', '.join(name)} (n={len(values)})")
     if band:
         axes.axvspan(*band, color="0.9")
+    if log:
+        ticks = [0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30]
+        axes.set_xscale("log")
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.minorticks_off()
     axes.set_yticks(range(len(labels)), labels, fontsize=8)
     axes.invert_yaxis()
-    axes.set(xlabel=title, xscale=scale)
+    axes.set_xlabel(title)
     axes.grid(axis="x", alpha=0.3)
     save_figure(path, figure)

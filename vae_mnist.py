@@ -451,10 +451,10 @@ def interpolate(data: common.Data, mu: Tensor, decode, classifier, grey: bool) -
 
 
 def evaluate(run: common.Run, model: VAE, best_epoch: int, data: common.Data, classifier,
-             real_features: list[Tensor], n_likelihood: int, device: torch.device) -> dict:
+             train_features: Tensor, n_likelihood: int, device: torch.device) -> dict:
     """The metrics of a trained model, and its pictures.
 
-    real_features are those of the test images and of 10,000 training images.
+    train_features are the classifier's for 10,000 training images: they give the FID's floor.
     """
     config, grey = run.config, run.config["binarize"] == "none"
     x_test = data.x_test if grey else binarize(data.x_test, "test")
@@ -493,8 +493,8 @@ def evaluate(run: common.Run, model: VAE, best_epoch: int, data: common.Data, cl
     # samples against grey test images, and what lies between two test images
     samples = sample(model, len(x_test), config, device)
     features = classifier.predict(samples)[0]
-    metrics["fid"] = common.frechet_distance(features, real_features[0])
-    metrics["fid_floor"] = common.frechet_distance(real_features[1], real_features[0])
+    metrics["fid"] = common.frechet_distance(features, classifier.test_features)
+    metrics["fid_floor"] = common.frechet_distance(train_features, classifier.test_features)
     metrics["interpolation"], paths = interpolate(data, mu, decode, classifier, grey)
     metrics["classifier"] = {"accuracy": classifier.accuracy, "sha256": classifier.sha256}
     figures(run, data, x_test.cpu(), mu, samples, decode, paths)
@@ -667,7 +667,7 @@ def main(argv=None) -> dict:
     root, configs = folder / data.name, configurations(args, data.name)[args.shard]
     common.announce(configs, root, device)
     classifier = common.load_classifier(data, device)
-    real_features = [classifier.predict(x)[0] for x in (data.x_test, data.x_train[:10_000])]
+    train_features = classifier.predict(data.x_train[:10_000])[0]
 
     def train_and_measure(run: common.Run) -> dict:
         indices = common.split(data, run.config)
@@ -675,7 +675,7 @@ def main(argv=None) -> dict:
         if run.config["binarize"] == "dynamic":
             x_val = binarize(x_val, run.config["seed"], "val")
         model, best_epoch = train(run, x_train.to(device), x_val.to(device), args.compile)
-        return evaluate(run, model, best_epoch, data, classifier, real_features,
+        return evaluate(run, model, best_epoch, data, classifier, train_features,
                         args.likelihood_images, device)
 
     return common.run_all(configs, root, variant, args, device, train_and_measure, report)

@@ -32,28 +32,21 @@ COMMANDS = [(where, one(line.split("#")[0].strip().split("python ")[-1]))
             if re.search(r"python \w+\.py", line)]
 
 
-def imbalance_runs() -> dict[str, list]:
-    runs = common.finished_runs(ROOT / "results/published/imbalance_study/mnist")
-    return {m: [r for r in runs if imbalance_study.label(r["config"]) == m
-                and imbalance_study.rare(r["config"]) == "digit9_2pct"]
-            for m in ["vae", "ae", "ga-ae λ=0", "ga-ae"]}
+def imbalance_rows() -> tuple[dict, str]:
+    """The published rows, and the name of the rare class that has the most runs."""
+    table = imbalance_study.rows(
+        common_v2.finished_runs(ROOT / "results/published/imbalance_study/mnist"))
+    return table, imbalance_study.most_measured(table)
 
 
 def imbalance_table() -> str:
-    """The README's table: each model with its own sampler and, for fairness, with `local`."""
-    rows, models = [], imbalance_runs()
-    for sampler, m in [("prior", "vae"), ("prior", "ae"), ("prior", "ga-ae"), ("local", "vae"),
-                       ("local", "ae"), ("local", "ga-ae λ=0"), ("local", "ga-ae")]:
-        scores = [r["metrics"]["samplers"][sampler] for r in models[m]]
-        show = lambda key, of=scores: common.mean_std([s[key] for s in of])
-        rows.append([f"{m}, {sampler}", len(scores), show("calibrated_lift"),
-                     imbalance_study.SOURCE_LIFT.get((m, sampler), "–"), show("clear_lift"),
-                     common.mean_std([s["rare"]["coverage"] / s["rare_real"]["coverage"]
-                                      for s in scores if s["rare"]]),
-                     show("fid"), show("copying")])
-    floor = common.mean_std([r["metrics"]["fid_floor"] for rs in models.values() for r in rs])
-    return common.table(["model, sampler", "n", "calibrated lift", "source expected", "clear lift",
-                         "rare coverage / real", f"FID (floor {floor})", "copying"], rows)
+    """The README's table: the models with codes from N(0, I) and with local codes."""
+    table, rare = imbalance_rows()
+    shown = {imbalance_study.REAL: table[imbalance_study.REAL]}
+    for model, sampler in [("vae", "prior"), ("ae", "prior"), ("ga-ae", "prior"), ("vae", "local"),
+                           ("ae", "local"), ("ga-ae λ=0", "local"), ("ga-ae", "local")]:
+        shown[rare, model, sampler] = table[rare, model, sampler]
+    return common_v2.results_table(shown, imbalance_study.NAMES, imbalance_study.COLUMNS)
 
 
 def vae_rows() -> dict:
@@ -118,12 +111,14 @@ def latent_table() -> str:
 
 def summary_table() -> str:
     """The README's first table: what each study found, beside what its source had."""
-    rows, models = [], imbalance_runs()
+    rows, (imbalance, rare) = [], imbalance_rows()
     add = lambda study, what, *row: rows.append([f"{study}: {what}", *row])
-    for (m, sampler), source in imbalance_study.SOURCE_LIFT.items():
-        lift = [r["metrics"]["samplers"][sampler]["calibrated_lift"] for r in models[m]]
-        add("imbalance", f"lift of the 9 at 2 %: {m}, {sampler} codes", common.mean_std(lift),
-            len(lift), "1", f"{source:g}, expected")
+    for model, sampler, source in [("vae", "prior", "6"), ("ae", "prior", "0.1"),
+                                   ("ga-ae", "prior", "0.5"), ("ga-ae", "local", "0.5")]:
+        seeds = imbalance[rare, model, sampler]
+        add("imbalance", f"lift of the 9 at 2 %: {model}, {sampler} codes",
+            common_v2.cell(seeds, "calibrated_lift", 2), len(seeds), "1",
+            f"{source}, expected")
     kingma = vae_rows()["mlp 500", "20-D", "binarised", "ELBO", "adam 0.001"]
     grey = vae_rows()["mlp 500", "64-D", "grey", "ELBO", "adam 0.001"]
     floor = vae_rows()[vae_mnist.REAL][None]["negative_elbo"]
@@ -161,9 +156,14 @@ def expect(found: str, runs: list) -> str:
 
 
 def imbalance_expect() -> str:
-    runs = imbalance_runs()["ga-ae"]
-    show = lambda key: common.mean_std([r["metrics"]["samplers"]["local"][key] for r in runs])
-    return expect(f"ga-ae calibrated lift {show('calibrated_lift')}, FID {show('fid')}", runs)
+    table, rare = imbalance_rows()
+    seeds = table[rare, "ga-ae", "local"]
+    runs = [run for run in common_v2.finished_runs(
+                ROOT / "results/published/imbalance_study/mnist")
+            if imbalance_study.rare_class(run["config"]) == rare
+            and imbalance_study.model_name(run["config"]) == "ga-ae"]
+    return expect(f"ga-ae with local codes: lift {common_v2.cell(seeds, 'calibrated_lift', 2)}, "
+                  f"FID / floor {common_v2.cell(seeds, 'fid_ratio', 1)}", runs)
 
 
 def vae_expect() -> str:
@@ -194,8 +194,8 @@ def results_readme() -> str:
     published = ROOT / "results/published"
     for root in sorted(file.parent for file in published.rglob("report.md")):
         where = root.relative_to(ROOT / "results").as_posix()
-        if root.parent.name == "vae_mnist":
-            parts += [f"## [{where}]({where}/report.md)", vae_commands(root)]
+        if root.parent.name in ("vae_mnist", "imbalance_study"):
+            parts += [f"## [{where}]({where}/report.md)", commands(root)]
             continue
         if root.name == "gan_vs_vae":
             groups = gan_vs_vae.all_runs(root)
@@ -207,7 +207,7 @@ def results_readme() -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def vae_commands(root) -> str:
+def commands(root) -> str:
     """Which command made which run."""
     lines = [["run", "precision", "command", "commit", "device", "threads", "torch", "minutes"]]
     for run in common_v2.finished_runs(root):
@@ -258,7 +258,10 @@ def test_the_published_report_is_rebuilt_byte_for_byte(tmp_path, script, monkeyp
     assert reports
     for file in reports:
         file.unlink()
-    script.main(["--report-only", "--out-dir", str(copy.parent)])
+    datasets = {file.parent.name for file in reports} & {"mnist", "fashion-mnist"}
+    for dataset in datasets if script in (imbalance_study, vae_mnist) else [None]:
+        more = ["--dataset", dataset] if dataset else []
+        script.main(["--report-only", "--out-dir", str(copy.parent), *more])
     assert reports == {file: file.read_bytes() for file in reports}
 
 

@@ -193,6 +193,6 @@ def test_extremes_run_or_are_refused(tmp_path, name, extreme):
         assert "--" in str(error), "the next step is named"
         return
     found = np.array([v for m in metrics.values() for v in [
-        m.get("test_loss", m.get("fid", m.get("supervised_accuracy", 0.0)))]])
+        m.get("negative_elbo", m.get("fid", m.get("supervised_accuracy", 0.0)))]])
     assert metrics and np.isfinite(found).all()
     assert len(metrics) == (2 if extreme[-2:] == ["1", "1000"] else 1)
