@@ -520,7 +520,8 @@ class Run:
     def epochs(self):
         """The epochs still to train, from 1, behind a progress bar. Each seeds torch's noise."""
         first, last = len(self.history) + 1, self.config["epochs"]
-        print(f"training {self.name}, epochs {first} to {last}", flush=True)
+        if first <= last:
+            print(f"training {self.name}, epochs {first} to {last}", flush=True)
         with tqdm(total=last, initial=first - 1, disable=None, leave=False) as self.bar:
             for epoch in range(first, last + 1):
                 torch.manual_seed(seed_from(self.config["seed"], "noise", epoch))
@@ -801,6 +802,12 @@ def glossary(root: Path) -> str:
     """A link from root to the README's definitions."""
     readme = Path(os.path.relpath(HERE / "README.md", root)).as_posix()
     return f"[What the columns mean]({readme}#what-the-numbers-mean)."
+
+
+def image_links(root: Path, files: list[Path]) -> list[str]:
+    """The pictures below root as lines of Markdown."""
+    paths = [file.relative_to(root).as_posix() for file in files]
+    return [f"![{path.removesuffix('.png')}]({path})" for path in paths]
 
 
 def write_report(root: Path, sections: list[str], rows: dict, names: list[str]) -> None:

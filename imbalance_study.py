@@ -38,7 +38,6 @@ Rogan and Gladen 1978 (counting with a classifier that errs); Chawla et al. 2002
 al. 2022, arXiv:2105.02340 (SMOTE between codes).
 """
 
-import functools
 import itertools
 import math
 from pathlib import Path
@@ -580,7 +579,7 @@ def evaluate(run: common.Run, model: Autoencoder, best_epoch: int, data: common.
              indices: dict[str, Tensor], classifier, args, device: torch.device) -> dict:
     """The metrics of a trained model with every sampler, and its pictures."""
     config = run.config
-    print("measuring: real images, geometry, pictures", flush=True)
+    print("measuring real images and the geometry ...", flush=True)
     reference = Reference(data, indices["train"], config, classifier, args.samples)
     x_val, y_val = data.x_train[indices["val"]], data.y_train[indices["val"]]
 
@@ -590,7 +589,10 @@ def evaluate(run: common.Run, model: Autoencoder, best_epoch: int, data: common.
     z, z_val = encode(reference.x_train), encode(x_val)
     logits = common.in_chunks(model.to_logits, z_val, device)
     temperature = match_contrast(logits, x_val)
-    decode = functools.partial(model.decode, temperature=temperature)
+
+    def decode(codes: Tensor) -> Tensor:
+        return common.in_chunks(lambda z: model.decode(z, temperature), codes, device)
+
     p = x_val.double()  # the cross-entropy of grey pixels cannot fall below their entropy
     entropy = torch.special.entr(p) + torch.special.entr(1 - p)
     some = torch.randperm(len(z_val), generator=common.generator("flatness"))[:512]
@@ -608,9 +610,10 @@ def evaluate(run: common.Run, model: Autoencoder, best_epoch: int, data: common.
         "fid_floor": reference.fid_floor, "real": reference.real, "samplers": {},
         "seconds_train": sum(seconds), "seconds_per_epoch": float(np.median(seconds))}
     samples, rare_samples = {}, {}
-    for sampler in common.progress(args.sampler, "measuring samples"):
+    for sampler in args.sampler:
+        print(f"measuring {args.samples} samples with {sampler} codes ...", flush=True)
         codes = draw_codes(sampler, args.samples, z, config["seed"])
-        x = common.in_chunks(decode, codes, device)
+        x = decode(codes)
         metrics["samplers"][sampler], called_rare = reference.score(x)
         samples[sampler], rare_samples[sampler] = x[:16], x[called_rare][:16]
     figures(run, z_val, y_val, samples, rare_samples, reference.x_train)
@@ -673,7 +676,7 @@ def additions(arm: str, x: Tensor, y: Tensor, z: Tensor, decode,
     return decode(codes), y[source]
 
 
-def downstream(folder: Path, config: dict, data: common.Data, steps: int, fresh: bool,
+def downstream(folder: Path, config: dict, data: common.Data, steps: int,
                device: torch.device) -> None:
     """downstream.json of a finished run: the test scores of classifiers with and without additions.
 
@@ -684,7 +687,7 @@ def downstream(folder: Path, config: dict, data: common.Data, steps: int, fresh:
     from sklearn.metrics import f1_score, recall_score
 
     file = folder / "downstream.json"
-    if file.exists() and common.load_json(file)["steps"] == steps and not fresh:
+    if file.exists() and common.load_json(file)["steps"] == steps:
         return
     indices = split(data, config)["train"]
     x, y = data.x_train[indices], data.y_train[indices]
@@ -692,15 +695,17 @@ def downstream(folder: Path, config: dict, data: common.Data, steps: int, fresh:
     common.Run(folder, config).load("best_model.pt", {"model": model})
     model = model.to(device, memory_format=torch.channels_last).eval()
     temperature = common.load_json(folder / "final_metrics.json")["temperature"]
-    decode = functools.partial(model.decode, temperature=temperature)
+
+    def decode(codes: Tensor) -> Tensor:
+        return common.in_chunks(lambda z: model.decode(z, temperature), codes, device)
+
     z = common.in_chunks(lambda images: model.encode(images)[0], x, device)
     result = {"steps": steps, "arms": {}, "environment": common.environment(device)}
     for arm in ARMS:
         if arm == "smote" and config["model"] != "ae":
             continue  # a baseline: between the codes of the plain autoencoder
         print(f"downstream: adding {arm}", flush=True)
-        more_x, more_y = additions(arm, x, y, z, functools.partial(
-            common.in_chunks, decode, device=device), config["seed"])
+        more_x, more_y = additions(arm, x, y, z, decode, config["seed"])
         classifier = common.train_classifier(
             torch.cat([x, more_x]), torch.cat([y, more_y]), device, config["seed"], "downstream",
             steps=steps)
@@ -839,69 +844,60 @@ def answer(table: dict, rare: str, is_source: bool) -> list[str]:
     return [line for line in lines if line][:6]
 
 
-def heat_map(path: Path, table: dict, rare: str) -> None:
-    """Mean lift by model and sampler: blue where the class is lost, red where there is too much."""
-    names = [name for name in table if name[0] == rare]
-    models = list(dict.fromkeys(name[1] for name in names))
-    lifts = np.full((len(models), len(SAMPLERS)), np.nan)
-    for name in names:
-        values = [numbers["calibrated_lift"] for numbers in table[name].values()]
-        lifts[models.index(name[1]), SAMPLERS.index(name[2])] = np.mean(values)
-    figure = Figure(figsize=(6, 1 + 0.4 * len(models)))
+def lift_map(path: Path, lifts: np.ndarray, row_labels, column_labels, title: str) -> None:
+    """Lifts (rows, columns) in coloured cells: blue below 1, red above, white where faithful."""
+    figure = Figure(figsize=(1 + 0.7 * lifts.shape[1], 1 + 0.35 * lifts.shape[0]))
     axes = figure.subplots()
-    axes.imshow(lifts.clip(0.1, 10), cmap="RdBu_r", norm=LogNorm(0.1, 10), aspect="auto", alpha=0.7)
+    axes.imshow(lifts.clip(0.1, 10), cmap="RdBu_r", norm=LogNorm(0.1, 10), aspect="auto", alpha=0.5)
     for (row, column), lift in np.ndenumerate(lifts):
         if np.isfinite(lift):
-            axes.text(column, row, f"{lift:.2f}", ha="center", va="center")
-    axes.set_xticks(range(len(SAMPLERS)), SAMPLERS)
-    axes.set_yticks(range(len(models)), models)
-    axes.set_title(f"lift of {rare}: 1 is faithful, blue is too few", fontsize=9)
-    common.save_figure(path, figure)
-
-
-def class_histogram(path: Path, runs: list[dict]) -> None:
-    """Where did the rare class go? The class shares of training and samples, mean over seeds."""
-    figure = Figure(figsize=(11, 3), layout="constrained")
-    panels = figure.subplots(1, 2, sharey=True)
-    for axes, sampler in zip(panels, ["prior", "local"], strict=True):
-        bars = {"training": [run["metrics"]["train_share"] for run in runs]}
-        for run in runs:
-            if sampler in run["metrics"]["samplers"]:
-                shares = run["metrics"]["samplers"][sampler]["class_share"]
-                bars.setdefault(model_name(run["config"]), []).append(shares)
-        width = 0.8 / len(bars)
-        for i, (title, shares) in enumerate(bars.items()):
-            axes.bar(np.arange(10) - 0.4 + (i + 0.5) * width, np.mean(shares, 0), width,
-                     label=title, color="0.3" if title == "training" else f"C{i - 1}")
-        axes.set(xticks=range(10), xlabel="class", title=f"{sampler} codes")
-    panels[0].set_ylabel("share")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
+            axes.text(column, row, f"{lift:.2f}", ha="center", va="center", fontsize=8)
+    axes.set_xticks(range(lifts.shape[1]), column_labels, fontsize=8)
+    axes.set_yticks(range(lifts.shape[0]), row_labels, fontsize=8)
+    axes.set_title(title, fontsize=9)
     common.save_figure(path, figure)
 
 
 def pictures(root: Path, table: dict, rare: str, runs: list[dict]) -> list[str]:
     """The report's pictures: those of all runs, drawn here, then each model's first run."""
-    of_class = [run for run in runs if rare_class(run["config"]) == rare]
     shown = {name: seeds for name, seeds in table.items() if name[0] == rare}
+    models = list(dict.fromkeys(name[1] for name in shown))
+    lifts = np.full((len(models), len(SAMPLERS)), np.nan)
+    for name, seeds in shown.items():
+        values = [numbers["calibrated_lift"] for numbers in seeds.values()]
+        lifts[models.index(name[1]), SAMPLERS.index(name[2])] = np.mean(values)
+    lift_map(root / "heat_map.png", lifts, models, SAMPLERS, f"{rare}: lift by sampler")
     common.plot_points(root / "lift.png", shown, "calibrated_lift", "lift", (0.9, 1.1), log=True)
-    heat_map(root / "heat_map.png", table, rare)
-    class_histogram(root / "classes.png", of_class)
-    files = [root / "heat_map.png", root / "lift.png", root / "classes.png"]
+
+    # where did the rare class go? the lift of every class; and the first run of each model
+    class_lifts, folders = {}, {}
+    for run in runs:
+        if rare_class(run["config"]) == rare:
+            model, metrics = model_name(run["config"]), run["metrics"]
+            for sampler in ["prior", "local"]:
+                if sampler in metrics["samplers"]:
+                    shares = np.array(metrics["samplers"][sampler]["class_share"])
+                    of_seeds = class_lifts.setdefault(f"{model}, {sampler}", [])
+                    of_seeds.append(shares / metrics["train_share"])
+            if (run["folder"] / "samples.png").exists():
+                folders.setdefault(model, run["folder"])
+    means = np.array([np.mean(of_seeds, 0) for of_seeds in class_lifts.values()])
+    files = [root / "heat_map.png", root / "lift.png"]
+    if len(means) > 0:
+        lift_map(root / "classes.png", means, list(class_lifts), range(10),
+                 f"{rare}: share of every class among samples over its share in training")
+        files.append(root / "classes.png")
+
     for sampler in ["prior", "local"]:  # every digit, share and model that was measured
         shown = {name: seeds for name, seeds in table.items() if name[2] == sampler}
         if len({name[0] for name in shown}) > 1:
             files.append(root / f"lift_{sampler}.png")
             common.plot_points(files[-1], shown, "calibrated_lift", f"lift with {sampler} codes",
                                (0.9, 1.1), log=True)
-    folders = {}  # of the first seed that has pictures
-    for run in of_class:
-        if (run["folder"] / "samples.png").exists():
-            folders.setdefault(model_name(run["config"]), run["folder"])
     files += [folder / "samples.png" for folder in folders.values()]
     if len(runs) == 1:
         files += [runs[0]["folder"] / "losses.png", runs[0]["folder"] / "codes.png"]
-    paths = [file.relative_to(root).as_posix() for file in files]
-    return [f"![{path.removesuffix('.png')}]({path})" for path in paths]
+    return common.image_links(root, files)
 
 
 def report(root: Path) -> None:
@@ -942,18 +938,6 @@ def report(root: Path) -> None:
 # ------------------------------------------------------------------------------------------ main
 
 
-def check_finished(folder: Path, args) -> None:
-    """Raise UserError if a finished run was measured with other samples than are asked for."""
-    file = folder / "final_metrics.json"
-    if file.exists() and not args.fresh:
-        measured = common.load_json(file)["samplers"]
-        for sampler in args.sampler:
-            if sampler not in measured or measured[sampler]["n"] != args.samples:
-                raise common.UserError(f"{folder} was measured without {args.samples} samples of "
-                                       f"{sampler}; --fresh trains it again, another --out-dir "
-                                       "keeps it")
-
-
 def main(argv=None) -> dict:
     args = parse_args(argv)
     base = Path(args.out_dir) / "imbalance_study"
@@ -966,7 +950,14 @@ def main(argv=None) -> dict:
     common.announce(configs, root, device)
     for config in configs:  # nothing is written if one of them cannot be
         split(data, config)
-        check_finished(root / variant(config) / f"seed_{config['seed']}", args)
+        file = root / variant(config) / f"seed_{config['seed']}/final_metrics.json"
+        if file.exists() and not args.fresh:
+            measured = common.load_json(file)["samplers"]
+            for sampler in args.sampler:
+                if measured.get(sampler, {}).get("n") != args.samples:
+                    raise common.UserError(
+                        f"{file} has not {args.samples} samples with {sampler} codes; --fresh "
+                        "trains that run again, another --out-dir keeps it")
     classifier = common.load_classifier(data, device)
 
     def train_and_measure(run: common.Run) -> dict:
@@ -979,7 +970,7 @@ def main(argv=None) -> dict:
         for config in configs if args.downstream else []:
             folder = root / variant(config) / f"seed_{config['seed']}"
             if (folder / "final_metrics.json").exists():
-                downstream(folder, config, data, args.downstream_steps, args.fresh, device)
+                downstream(folder, config, data, args.downstream_steps, device)
         report(root)
 
     return common.run_all(configs, root, variant, args, device, train_and_measure, finish)

@@ -460,7 +460,7 @@ def evaluate(run: common.Run, model: VAE, best_epoch: int, data: common.Data, cl
     x_test = data.x_test if grey else binarize(data.x_test, "test")
     x_test = x_test.to(device)
     decode = functools.partial(common.in_chunks, model.decode, device=device)
-    print("measuring: the bound, log p(x), samples, pictures", flush=True)
+    print("measuring the bound and samples ...", flush=True)
     metrics = {"best_epoch": best_epoch, "validation": {}}
     for name in ["loss", "reconstruction", "kl"]:
         metrics["validation"][name] = run.history[best_epoch - 1][f"val_{name}"]
@@ -628,8 +628,7 @@ def pictures(root: Path, table: dict, runs: list[dict]) -> list[str]:
         files += folder.glob("decoded.png")
         if name in best_rows(table):
             files += [folder / "samples.png", folder / "codes.png", folder / "interpolation.png"]
-    paths = [file.relative_to(root).as_posix() for file in files]
-    return [f"![{path.removesuffix('.png')}]({path})" for path in paths]
+    return common.image_links(root, files)
 
 
 def report(root: Path) -> None:
