@@ -735,12 +735,12 @@ def difference(rows: dict, a: tuple, b: tuple, key: str, digits: int) -> tuple[i
     """
     from scipy.stats import ttest_rel  # takes a second
 
-    of_a, of_b = rows.get(a, {}), rows.get(b, {})
-    seeds = [seed for seed in of_a if key in of_a[seed] and key in of_b.get(seed, {})]
+    seeds_a, seeds_b = rows.get(a, {}), rows.get(b, {})
+    seeds = [seed for seed in seeds_a if key in seeds_a[seed] and key in seeds_b.get(seed, {})]
     if not seeds:
         return 0, "–", 0
-    values_a = np.array([of_a[seed][key] for seed in seeds])
-    values_b = np.array([of_b[seed][key] for seed in seeds])
+    values_a = np.array([seeds_a[seed][key] for seed in seeds])
+    values_b = np.array([seeds_b[seed][key] for seed in seeds])
     low = high = mean = (values_a - values_b).mean()
     interval = ""
     if len(seeds) > 1:
@@ -766,8 +766,10 @@ def paired_table(rows: dict, pairs: list[tuple], columns: list[tuple]) -> str:
     lines = [["difference, paired by seed", *(title for title, _, _ in columns)]]
     for a, b in pairs:
         shared, only_a, only_b = contrast(a, b)
-        found = [difference(rows, a, b, key, digits) for _, key, digits in columns]
-        cells = [f"**{text}**" if sign and n > 1 else text for sign, text, n in found]
+        cells = []
+        for _, key, digits in columns:
+            sign, text, n = difference(rows, a, b, key, digits)
+            cells.append(f"**{text}**" if sign and n > 1 else text)
         if set(cells) != {"–"}:
             lines.append([f"{shared}: {only_a} − {only_b}", *cells])
     return markdown_table(lines, 1) if len(lines) > 1 else ""

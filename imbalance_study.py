@@ -263,20 +263,21 @@ def objective(model: Autoencoder, x: Tensor, config: dict, geometry_times: int =
     if logvar is not None:
         z = mu + torch.randn_like(mu) * (0.5 * logvar).exp()  # the reparameterisation trick
     reconstruction = bernoulli_nats(model.to_logits(z), x)
-    code_term = bent = torch.zeros_like(reconstruction)
+    code_term = torch.zeros_like(reconstruction)
     if config["model"] == "vae":
         code_term = config["beta"] * kl_nats(mu, logvar)
-    loss = reconstruction + code_term
-    if config["model"] == "ga-ae":
+    elif config["model"] == "ga-ae":
         code_term = config["code_penalty"] * 0.5 * z.square().sum(1).mean()
-        loss = reconstruction + code_term
-        if config["geometry"] > 0 and geometry_times > 0:
-            # every fourth code is enough; not the first ones, which a split has rare ones in
-            every = max(1, min(4, len(x) // 8))
-            with torch.autocast(x.device.type, enabled=False):  # second derivatives need float32
-                bent = geometry_times * distortion(model.decode, mixup(z[::every]))
-            loss = loss + config["geometry"] * bent
-    return torch.stack([loss, reconstruction, code_term, bent])
+    loss = reconstruction + code_term
+
+    geometric = torch.zeros_like(reconstruction)
+    if config.get("geometry", 0) > 0 and geometry_times > 0:
+        # a quarter of the codes is enough; of a small batch at least eight
+        every = max(1, min(4, len(x) // 8))
+        with torch.autocast(x.device.type, enabled=False):  # second derivatives need float32
+            geometric = geometry_times * distortion(model.decode, mixup(z[::every]))
+        loss = loss + config["geometry"] * geometric
+    return torch.stack([loss, reconstruction, code_term, geometric])
 
 
 # ----------------------------------------------------------------------------------------- Train
@@ -306,13 +307,13 @@ def train(run: common.Run, x_train: Tensor, x_val: Tensor, use_compile: bool):
         return losses.detach().clone()  # a compiled function on CUDA reuses its output
 
     for _ in run.epochs():
-        of_steps = []
+        step_losses = []
         for i, batch in enumerate(run.batches(len(x_train), device)):
             # the distortion is slow: at every fourth step, four times as heavy
             geometry_times = GEOMETRY_EVERY if i % GEOMETRY_EVERY == 0 else 0
-            of_steps.append(step(x_train[batch], geometry_times))
+            step_losses.append(step(x_train[batch], geometry_times))
         schedule.step()
-        train_losses = torch.stack(of_steps).mean(0).tolist()
+        train_losses = torch.stack(step_losses).mean(0).tolist()
         # the same noise in every epoch, so that only the model changes the validation loss
         torch.manual_seed(common.seed_from(config["seed"], "validation"))
         with torch.no_grad():
@@ -548,19 +549,25 @@ class Reference:
                   **self.lifts(probs, torch.arange(len(self.y_test))),
                   "fid": common.frechet_distance(features, self.features_like_training),
                   "copying": self.distance_to_training(x[:5000]) / self.test_distance}
-        # coverage grows with the number of images: as many real ones are drawn, twenty times
         n = min(n_rare, len(self.truly_rare))
         if n > 10:
             scores["rare"] = {"coverage": coverage(self.rare_features, features[called_rare][:n])}
-            g, of_real = common.generator("rare draws"), []
-            n_false = round(n * self.false_share)
-            for _ in range(20):
-                true = torch.randperm(len(self.truly_rare), generator=g)[:n - n_false]
-                false = torch.randint(max(1, len(self.falsely_rare)), (n_false,), generator=g)
-                drawn = torch.cat([self.truly_rare[true], self.falsely_rare[false]])
-                of_real.append(coverage(self.rare_features, drawn))
-            scores["rare_real"] = {"coverage": float(np.mean(of_real))}
+            scores["rare_real"] = {"coverage": self.real_coverage(n)}
         return scores, called_rare
+
+    def real_coverage(self, n: int) -> float:
+        """Coverage by n real images that are called rare, the mean of twenty draws.
+
+        As many of them are wrongly called so as among images in the training proportions.
+        """
+        g, coverages = common.generator("rare draws"), []
+        n_false = round(n * self.false_share)
+        for _ in range(20):
+            true = torch.randperm(len(self.truly_rare), generator=g)[:n - n_false]
+            false = torch.randint(max(1, len(self.falsely_rare)), (n_false,), generator=g)
+            drawn = torch.cat([self.truly_rare[true], self.falsely_rare[false]])
+            coverages.append(coverage(self.rare_features, drawn))
+        return float(np.mean(coverages))
 
 
 @torch.no_grad()
@@ -595,7 +602,7 @@ def evaluate(run: common.Run, model: Autoencoder, best_epoch: int, data: common.
 
     p = x_val.double()  # the cross-entropy of grey pixels cannot fall below their entropy
     entropy = torch.special.entr(p) + torch.special.entr(1 - p)
-    some = torch.randperm(len(z_val), generator=common.generator("flatness"))[:512]
+    chosen = torch.randperm(len(z_val), generator=common.generator("flatness"))[:512]
     best = run.history[best_epoch - 1]
     seconds = [row["seconds"] for row in run.history]
     metrics = {
@@ -606,7 +613,7 @@ def evaluate(run: common.Run, model: Autoencoder, best_epoch: int, data: common.
         "validation": {key: best[f"val_{key}"] for key in
                        ["loss", "reconstruction", "code", "distortion"]},
         "validation_pixel_entropy": entropy.sum().item() / len(x_val),
-        "temperature": temperature, "flatness": flatness(model, z_val[some].to(device)),
+        "temperature": temperature, "flatness": flatness(model, z_val[chosen].to(device)),
         "fid_floor": reference.fid_floor, "real": reference.real, "samplers": {},
         "seconds_train": sum(seconds), "seconds_per_epoch": float(np.median(seconds))}
     samples, rare_samples = {}, {}
@@ -656,10 +663,10 @@ def additions(arm: str, x: Tensor, y: Tensor, z: Tensor, decode,
     members = [(y == digit).nonzero()[:, 0] for digit in range(10)]
     largest = max(map(len, members))
     sources = [y[:0]]  # for every image that is added the index of a training image
-    for of_class in members:
-        if arm != "none" and len(of_class) > 0:
-            wanted = largest - len(of_class)
-            sources.append(of_class[torch.randint(len(of_class), (wanted,), generator=g)])
+    for indices in members:
+        if arm != "none" and len(indices) > 0:
+            chosen = torch.randint(len(indices), (largest - len(indices),), generator=g)
+            sources.append(indices[chosen])
     source = torch.cat(sources)
     if arm == "none":
         return x[source], y[source]
@@ -667,10 +674,10 @@ def additions(arm: str, x: Tensor, y: Tensor, z: Tensor, decode,
         return shifted(x[source], g), y[source]
     codes = torch.empty(len(source), z.shape[1])
     for digit in y[source].unique():
-        of_digit = (y[source] == digit).nonzero()[:, 0]
-        around = torch.searchsorted(members[digit], source[of_digit])
+        wanted = (y[source] == digit).nonzero()[:, 0]
+        around = torch.searchsorted(members[digit], source[wanted])
         draw = local_codes if arm == "local" else smote_codes
-        codes[of_digit] = draw(z[members[digit]], around, g)
+        codes[wanted] = draw(z[members[digit]], around, g)
     if arm == "smote":
         codes = z[source] + torch.rand(len(source), 1, generator=g) * (codes - z[source])
     return decode(codes), y[source]
@@ -877,11 +884,11 @@ def pictures(root: Path, table: dict, rare: str, runs: list[dict]) -> list[str]:
             for sampler in ["prior", "local"]:
                 if sampler in metrics["samplers"]:
                     shares = np.array(metrics["samplers"][sampler]["class_share"])
-                    of_seeds = class_lifts.setdefault(f"{model}, {sampler}", [])
-                    of_seeds.append(shares / metrics["train_share"])
+                    per_seed = class_lifts.setdefault(f"{model}, {sampler}", [])
+                    per_seed.append(shares / metrics["train_share"])
             if (run["folder"] / "samples.png").exists():
                 folders.setdefault(model, run["folder"])
-    means = np.array([np.mean(of_seeds, 0) for of_seeds in class_lifts.values()])
+    means = np.array([np.mean(per_seed, 0) for per_seed in class_lifts.values()])
     files = [root / "heat_map.png", root / "lift.png"]
     if len(means) > 0:
         lift_map(root / "classes.png", means, list(class_lifts), range(10),

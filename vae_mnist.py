@@ -272,11 +272,11 @@ def train(run: common.Run, x_train: Tensor, x_val: Tensor, use_compile: bool) ->
         return losses.detach().clone()  # a compiled function on CUDA reuses its output
 
     for _ in run.epochs():
-        of_steps = []
+        step_losses = []
         for batch in run.batches(len(x_train), device):
-            of_steps.append(step(x_train[batch]))
+            step_losses.append(step(x_train[batch]))
         schedule.step()
-        train_losses = torch.stack(of_steps).mean(0).tolist()
+        train_losses = torch.stack(step_losses).mean(0).tolist()
         # the same noise in every epoch, so that only the model changes the validation loss
         torch.manual_seed(common.seed_from(config["seed"], "validation"))
         val_losses = mean_losses(model, x_val, config)
