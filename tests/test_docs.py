@@ -162,8 +162,9 @@ def imbalance_expect() -> str:
                 ROOT / "results/published/imbalance_study/mnist")
             if imbalance_study.rare_class(run["config"]) == rare
             and imbalance_study.model_name(run["config"]) == "ga-ae"]
-    return expect(f"ga-ae with local codes: lift {common_v2.cell(seeds, 'calibrated_lift', 2)}, "
-                  f"FID / floor {common_v2.cell(seeds, 'fid_ratio', 1)}", runs)
+    return expect(f"ga-ae, {rare}, local codes: lift "
+                  f"{common_v2.cell(seeds, 'calibrated_lift', 2)}, FID / floor "
+                  f"{common_v2.cell(seeds, 'fid_ratio', 1)}", runs)
 
 
 def vae_expect() -> str:
