@@ -491,7 +491,10 @@ class Run:
         save(file, config)
         self.board = None
         if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter  # not in requirements.txt
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise UserError("--tensorboard: pip install tensorboard first") from None
             self.board = SummaryWriter(str(folder / "logs"))
 
     def restore(self, **parts) -> None:
@@ -528,7 +531,7 @@ class Run:
                 self.start = time.perf_counter()
                 yield epoch
 
-    def batches(self, n: int, device: torch.device, drop_last: bool = True) -> list[Tensor]:
+    def batches(self, n: int, device: torch.device, drop_last: bool = True) -> tuple[Tensor, ...]:
         """The indices of each batch of n images, shuffled by (seed, epoch)."""
         g = generator(self.config["seed"], "order", len(self.history) + 1)
         order = torch.randperm(n, generator=g).to(device)
@@ -570,10 +573,18 @@ class Run:
             save(self.folder / "checkpoint.pt", {"progress": done, **states})
 
 
-def announce(configs: list[dict], root: Path, device: torch.device) -> None:
-    """The first line: what will run, where the results go, on which device."""
-    print(f"{root.parent.name}: runs: {len(configs)}, data: {root.name}, device: {device}, "
+def begin(study: str, args, configurations) -> tuple[torch.device, Data, Path, list[dict]]:
+    """Device, data, the study's folder and the configurations of this shard, as the flags say.
+
+    Prints the first line: what will run, where the results go, on which device.
+    """
+    device = pick_device(args.device)
+    data = load_data(args.dataset, args.data_dir)
+    root = Path(args.out_dir) / study / data.name
+    configs = configurations(args, data.name)[args.shard]
+    print(f"{study}: runs: {len(configs)}, data: {data.name}, device: {device}, "
           f"threads: {torch.get_num_threads()}, results: {root}", flush=True)
+    return device, data, root, configs
 
 
 def run_all(configs: list[dict], root: Path, variant, args, device: torch.device,
@@ -850,8 +861,7 @@ def save_grid(path: Path, x: Tensor, columns: int, title: str, row_labels=()) ->
     save_figure(path, figure)
 
 
-def plot_history(path: Path, history: list[dict], panels: dict[str, list[str]],
-                 unit: str = "nats per image") -> None:
+def plot_history(path: Path, history: list[dict], panels: dict[str, list[str]]) -> None:
     """Columns of the history by epoch: a panel for each title, a line for each of its columns."""
     figure = Figure(figsize=(4 * len(panels), 3), layout="constrained")
     all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
@@ -860,7 +870,7 @@ def plot_history(path: Path, history: list[dict], panels: dict[str, list[str]],
         for column in columns:
             rows = [row for row in history if column in row]
             axes.plot([row["epoch"] for row in rows], [row[column] for row in rows], label=column)
-        axes.set(xlabel="epoch", ylabel=unit, title=title)
+        axes.set(xlabel="epoch", title=title)
         axes.legend(fontsize=8)
     save_figure(path, figure)
 
@@ -903,10 +913,12 @@ def plot_points(path: Path, rows: dict, key: str, title: str, band=None, log: bo
     if band:
         axes.axvspan(*band, color="0.9")
     if log:
-        ticks = [0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30]
         axes.set_xscale("log")
-        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.minorticks_off()
+        limits = axes.get_xlim()  # ticks would widen them
+        ticks = [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20]
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.set_xlim(limits)
     axes.set_yticks(range(len(labels)), labels, fontsize=8)
     axes.invert_yaxis()
     axes.set_xlabel(title)

@@ -539,9 +539,9 @@ def figures(run: common.Run, data: common.Data, x_test: Tensor, mu: Tensor, samp
     save_image(1 - F.interpolate(images, scale_factor=2), folder / "samples.png", nrow=20,
                padding=0)
     common.plot_history(folder / "losses.png", run.history, {
-        "loss": ["train_loss", "val_loss"],
-        "reconstruction": ["train_reconstruction", "val_reconstruction"],
-        "KL": ["train_kl", "val_kl"]})
+        "loss, nats": ["train_loss", "val_loss"],
+        "reconstruction, nats": ["train_reconstruction", "val_reconstruction"],
+        "KL, nats": ["train_kl", "val_kl"]})
     common.plot_codes(folder / "codes.png", mu.numpy(), data.y_test.numpy(), f"{name}: codes")
 
     z = torch.special.ndtri((torch.arange(20) + 0.5) / 20)[:, None]  # quantiles of the prior
@@ -657,14 +657,10 @@ def report(root: Path) -> None:
 
 def main(argv=None) -> dict:
     args = parse_args(argv)
-    folder = Path(args.out_dir) / "vae_mnist"
     if args.report_only:
-        report(folder / (args.dataset or "mnist"))
+        report(Path(args.out_dir) / "vae_mnist" / (args.dataset or "mnist"))
         return {}
-    device = common.pick_device(args.device)
-    data = common.load_data(args.dataset, args.data_dir)
-    root, configs = folder / data.name, configurations(args, data.name)[args.shard]
-    common.announce(configs, root, device)
+    device, data, root, configs = common.begin("vae_mnist", args, configurations)
     classifier = common.load_classifier(data, device)
     train_features = classifier.predict(data.x_train[:10_000])[0]
 
