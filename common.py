@@ -59,7 +59,7 @@ class Parser(argparse.ArgumentParser):
                          formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         flag = self.add_argument
         data_dir = os.environ.get("MNIST_DATA_DIR") or "data"
-        flag("--dataset", choices=DATASETS, help="not given: mnist, or glyphs if there is none")
+        flag("--dataset", choices=DATASETS, help="not given: MNIST (gan_vs_vae: both), or glyphs")
         flag("--data-dir", default=data_dir, help="torchvision's folder, filled on first use")
         flag("--out-dir", default="results", help="run folders and reports go below it")
         flag("--epochs", type=number(int, 1), default=epochs, help="passes over the training set")
@@ -356,6 +356,8 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     Source: Dowson and Landau 1982; Heusel et al. 2017, arXiv:1706.08500.
     """
     a, b = a.cpu().double(), b.cpu().double()
+    if not a.isfinite().all():
+        return math.nan  # of a run that diverged
     cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
     # symmetric eigenvalues keep the square root real, also with fewer samples than dimensions
     values, vectors = torch.linalg.eigh(cov_a)
@@ -482,6 +484,7 @@ class Run:
         self.folder, self.config, self.save_every = folder, config, save_every
         self.name = "/".join(folder.parts[-2:])
         self.history, self.best, self.best_epoch = [], None, 0
+        self.epochs_to_come = 0  # of the runs after this one
         if fresh:
             shutil.rmtree(folder, ignore_errors=True)  # what cannot be deleted is seen by save
         file = folder / "config.json"
@@ -566,8 +569,11 @@ class Run:
         self.bar.set_description(line, refresh=False)
         self.bar.update()
         if self.bar.disable:  # not a terminal but a log file
-            left = (last - epoch) * seconds / 60
-            print(f"{line}  {seconds:.1f} s, {left:.0f} min left", flush=True)
+            line += f"  {seconds:.1f} s, {(last - epoch) * seconds / 60:.0f} min left"
+            if self.epochs_to_come:
+                left = (last - epoch + self.epochs_to_come) * seconds / 60
+                line += f", about {left:.0f} for all runs"
+            print(line, flush=True)
         if epoch % self.save_every == 0 or epoch == last:  # the last write of an epoch
             done = self.history, self.best, self.best_epoch
             save(self.folder / "checkpoint.pt", {"progress": done, **states})
@@ -576,15 +582,20 @@ class Run:
 def begin(study: str, args, configurations) -> tuple[torch.device, Data, Path, list[dict]]:
     """Device, data, the study's folder and the configurations of this shard, as the flags say.
 
-    Prints the first line: what will run, where the results go, on which device.
+    Prints the first line.
     """
     device = pick_device(args.device)
     data = load_data(args.dataset, args.data_dir)
     root = Path(args.out_dir) / study / data.name
     configs = configurations(args, data.name)[args.shard]
-    print(f"{study}: runs: {len(configs)}, data: {data.name}, device: {device}, "
-          f"threads: {torch.get_num_threads()}, results: {root}", flush=True)
+    announce(root, configs, data.name, device)
     return device, data, root, configs
+
+
+def announce(root: Path, configs: list[dict], data: str, device: torch.device) -> None:
+    """The first line: how many runs, of which data, where the results go, on which device."""
+    print(f"runs: {len(configs)}, data: {data}, device: {device}, threads: "
+          f"{torch.get_num_threads()}, results: {root}", flush=True)
 
 
 def run_all(configs: list[dict], root: Path, variant, args, device: torch.device,
@@ -596,9 +607,10 @@ def run_all(configs: list[dict], root: Path, variant, args, device: torch.device
     """
     made = environment(device)  # before training: the commit that is run
     results, diverged = {}, []
-    for config in configs:
+    for i, config in enumerate(configs):
         run = Run(root / variant(config) / f"seed_{config['seed']}", config, args.fresh,
                   tensorboard=args.tensorboard)
+        run.epochs_to_come = sum(other["epochs"] for other in configs[i + 1:])
         file = run.folder / "final_metrics.json"
         if file.exists():
             print(f"{run.name}: finished before; --fresh would train it again", flush=True)
@@ -677,6 +689,10 @@ def finished_runs(root: Path) -> list[dict]:
                      "metrics": load_json(file), "folder": file.parent})
     if not runs:
         raise UserError(f"no finished run in {root}; train first, or name another --dataset")
+    classifiers = {run["metrics"]["classifier"]["sha256"]: run["folder"] for run in runs}
+    if len(classifiers) > 1:
+        raise UserError("two metric classifiers, whose numbers do not compare: that of "
+                        f"{' and that of '.join(map(str, classifiers.values()))}; move one away")
     return runs
 
 
@@ -693,7 +709,8 @@ def flat(metrics: dict, prefix: str = "") -> dict[str, float]:
 
 def suffix(config: dict, **defaults) -> str:
     """The end of a run's name, such as '_epochs30_n500': its settings that are not the default."""
-    short = {"epochs": "epochs", "batch_size": "batch", "train_size": "n", "precision": ""}
+    short = {"epochs": "epochs", "batch_size": "batch", "lr": "lr", "latent_dim": "d",
+             "train_size": "n", "precision": ""}
     changed = [key for key in defaults if config[key] != defaults[key]]
     return "".join(f"_{short[key]}{config[key]}" for key in changed)
 
@@ -805,6 +822,8 @@ def how_made(runs: list[dict]) -> str:
 
     minutes = [run["metrics"]["seconds_train"] / 60 for run in runs]
     commands = sorted({re.sub(r" --(seeds( \d+)+|fresh)", "", one["command"]) for one in made})
+    if len(commands) > 5:
+        commands = [*commands[:5], f"... {len(commands) - 5} others, in each final_metrics.json"]
     return (f"Trained in {all_of('precision')}, {min(minutes):.1f} to {max(minutes):.1f} minutes a "
             f"run. Device: {all_of('device')}, threads: {all_of('threads')}, torch: "
             f"{all_of('torch')}, commits: {all_of('commit')}. Commands, without seeds:\n\n```\n"
@@ -861,15 +880,23 @@ def save_grid(path: Path, x: Tensor, columns: int, title: str, row_labels=()) ->
     save_figure(path, figure)
 
 
-def plot_history(path: Path, history: list[dict], panels: dict[str, list[str]]) -> None:
-    """Columns of the history by epoch: a panel for each title, a line for each of its columns."""
+def plot_history(path: Path, history: list[dict], panels: dict[str, list[str]],
+                 stages: dict[int, str] | None = None) -> None:
+    """Columns of the history by epoch: a panel for each title, a line for each of its columns.
+
+    stages: the name of each stage of the training by its first epoch.
+    """
     figure = Figure(figsize=(4 * len(panels), 3), layout="constrained")
     all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
     history = history[len(history) // 20:]  # the first epochs would flatten the rest
     for axes, (title, columns) in zip(all_axes, panels.items(), strict=True):
         for column in columns:
-            rows = [row for row in history if column in row]
-            axes.plot([row["epoch"] for row in rows], [row[column] for row in rows], label=column)
+            values = [row.get(column, math.nan) for row in history]  # a gap where not computed
+            axes.plot([row["epoch"] for row in history], values, label=column)
+        for epoch, name in (stages or {}).items():
+            axes.axvline(epoch, color="0.7", lw=0.8)
+            axes.text(epoch, 1, f" {name}", fontsize=8, va="top",
+                      transform=axes.get_xaxis_transform())
         axes.set(xlabel="epoch", title=title)
         axes.legend(fontsize=8)
     save_figure(path, figure)
@@ -916,7 +943,7 @@ def plot_points(path: Path, rows: dict, key: str, title: str, band=None, log: bo
         axes.set_xscale("log")
         axes.minorticks_off()
         limits = axes.get_xlim()  # ticks would widen them
-        ticks = [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20]
+        ticks = [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500]
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.set_xlim(limits)
     axes.set_yticks(range(len(labels)), labels, fontsize=8)

@@ -118,13 +118,10 @@ def model_name(config: dict) -> str:
 
 def rare_class(config: dict) -> str:
     """'9 at 2 %', and with settings of training that are not the default '9 at 2 % bfloat16'."""
-    changed = common.suffix(config, epochs=EPOCHS, batch_size=BATCH_SIZE, train_size=TRAIN_SIZE,
-                            precision="float32").replace("_", " ")
-    if config["latent_dim"] != LATENT_DIM:
-        changed += f" d={config['latent_dim']}"
-    if config["lr"] != LEARNING_RATE:
-        changed += f" lr={config['lr']:g}"
-    return f"{config['rare_digit']} at {100 * config['rare_ratio']:g} %{changed}"
+    changed = common.suffix(config, epochs=EPOCHS, batch_size=BATCH_SIZE, lr=LEARNING_RATE,
+                            latent_dim=LATENT_DIM, train_size=TRAIN_SIZE, precision="float32")
+    share = f"{config['rare_digit']} at {100 * config['rare_ratio']:g} %"
+    return share + changed.replace("_", " ")
 
 
 def variant(config: dict) -> str:
