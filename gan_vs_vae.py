@@ -34,6 +34,7 @@ Kynkäänniemi et al. 2019, arXiv:1904.06991 (precision, recall); Naeem et al. 2
 """
 
 import csv
+import io
 import itertools
 import math
 from pathlib import Path
@@ -42,9 +43,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from PIL import Image
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
-from torchvision.io import encode_png, read_image
 from torchvision.ops import Permute
 
 import common
@@ -604,15 +605,17 @@ def pairs(data: str) -> dict[str, list[tuple]]:
 
 def save_strip(path: Path, x: Tensor, columns: int) -> None:
     """Images (N, 1, 28, 28) in [0, 1] as a PNG, cell beside cell: white on black, as the data."""
-    rows = [torch.cat(list(row), dim=2) for row in x.split(columns)]  # (1, 28, 28 * columns) each
-    picture = (torch.cat(rows, dim=1) * 255).round().byte()
-    common.save(path, encode_png(picture).numpy().tobytes())
+    rows = [torch.cat(list(row[:, 0]), dim=1) for row in x.split(columns)]  # (28, 28 * columns)
+    picture = (torch.cat(rows) * 255).round().byte()
+    buffer = io.BytesIO()
+    Image.fromarray(picture.numpy()).save(buffer, "PNG")
+    common.save(path, buffer.getvalue())
 
 
 def load_strip(path: Path) -> Tensor:
     """The images (N, 1, 28, 28) in [0, 1] of a PNG by save_strip."""
-    picture = read_image(str(path)).float() / 255  # (1, 28 * rows, 28 * columns)
-    return picture.unfold(1, 28, 28).unfold(2, 28, 28).reshape(-1, 1, 28, 28)
+    picture = torch.from_numpy(np.array(Image.open(path))).float() / 255
+    return picture.unfold(0, 28, 28).unfold(1, 28, 28).reshape(-1, 1, 28, 28)
 
 
 @torch.no_grad()
@@ -740,11 +743,8 @@ def kind(name: tuple) -> str:
 
 
 def part(table: dict, *kinds: str) -> dict:
-    """The rows of these kinds, after that of real images of the same data."""
-    chosen = {name: seeds for name, seeds in table.items() if kind(name) in kinds}
-    datas = {name[0] for name in chosen}
-    return {name: seeds for name, seeds in table.items()
-            if name in chosen or (kind(name) == "real" and name[0] in datas)}
+    """The rows of real images and of these kinds."""
+    return {name: seeds for name, seeds in table.items() if kind(name) in ("real", *kinds)}
 
 
 def best_of(table: dict, data: str, wanted: str) -> tuple | None:
@@ -827,7 +827,8 @@ def loss_figure(path: Path, runs: list[dict], panels: list[tuple]) -> None:
             for value in blind:
                 axes.axhline(value, color="k", lw=0.8, ls=":")
             axes.set(title=f"{data}: {title}", xlabel="epoch")
-            axes.legend(fontsize=7, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.15))
+            if shown:
+                axes.legend(fontsize=7, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.15))
     common.save_figure(path, figure)
 
 
@@ -902,10 +903,11 @@ def plots(root: Path, runs: list[dict], table: dict) -> list[Path]:
             files.append(root / f"{prefix}_loss_comparison.png")
             loss_figure(files[-1], chosen, panels)
     for name, shown in kinds.items():
-        if part(table, *shown):
+        chosen = {row: seeds for row, seeds in table.items() if kind(row) in shown}
+        if chosen:
             files.append(root / f"{name}.png")
-            common.plot_points(files[-1], part(table, *shown), "fid_ratio",
-                               "FID / floor (1: real images)", band=(0.95, 1.05), log=True)
+            common.plot_points(files[-1], chosen, "fid_ratio", "FID / floor (1: real images)",
+                               band=(0.95, 1.05), log=True)
     files.append(root / "precision_recall.png")
     precision_recall(files[-1], table)
     for run in runs:
@@ -922,13 +924,12 @@ def report(root: Path) -> None:
     table = rows(runs)
     datas = list(dict.fromkeys(name[0] for name in table))
     lines = "\n".join(f"- {line}" for line in answer(table))
-    by_fid = {}
-    for data in datas:
-        of_data = [name for name in table if name[0] == data]
-        means = {name: np.mean([numbers["fid"] for numbers in table[name].values()])
-                 for name in of_data}
-        for name in sorted(of_data, key=means.get):
-            by_fid[name] = table[name]
+
+    def order(name: tuple) -> tuple[int, float]:  # by dataset, then by FID
+        mean = np.mean([numbers["fid"] for numbers in table[name].values()])
+        return datas.index(name[0]), mean
+
+    by_fid = {name: table[name] for name in sorted(table, key=order)}
     fids = common.results_table(by_fid, NAMES, FID_COLUMNS)
     print(f"\n{lines}\n\n{fids}")
 
@@ -946,10 +947,10 @@ def report(root: Path) -> None:
         "## Summary", f"**Answer.**\n\n{lines}",
         "Every number is of the best epoch by validation FID; ± is the standard deviation over n "
         f"seeds. Pictures are of the first seed. {common.glossary(root)}"]
-    if gans:
+    if len(gans) > len(datas):
         sections += ["## Part 1: GANs", common.results_table(gans, NAMES, GAN_COLUMNS),
                      *links("GANs")]
-    if vaes:
+    if len(vaes) > len(datas):
         sections += ["## Part 2: VAEs and hybrids", common.results_table(vaes, NAMES, VAE_COLUMNS),
                      *links("VAEs and hybrids", "reconstructions")]
     sections += [

@@ -6,8 +6,7 @@
 Ratios are of whole epochs in the same run, on the same model, batch and number of steps; run it on
 a machine that does nothing else. The usual way is a DataLoader with ToTensor, an eager step that
 asks for the loss every time, and a pass over the test set after every epoch, in float32, in a
-process of its own where memory is allocated as torch does by itself. Our VAE is in float32 and in
-bfloat16, our GAN (gan_vs_vae.py is not rewritten yet) in bfloat16 on CPUs with instructions for it.
+process of its own. Ours are in float32, in bfloat16, and compiled.
 """
 
 import argparse
@@ -31,15 +30,15 @@ from torchvision import datasets, transforms
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common
-import common_v1
 import gan_vs_vae
+import imbalance_study
 import vae_mnist
 
 VAE = {"dataset": "mnist", "arch": "mlp", "hidden": [400], "latent_dim": 20, "binarize": "none",
        "objective": "elbo", "k": 1, "optimizer": "adam", "lr": 1e-3, "batch_size": 128,
        "train_size": 60_000, "precision": "float32", "seed": 0}
 GAN = {"dataset": "mnist", "model": "gan", "loss": "bce", "z_dim": 64, "lr": 2e-4,
-       "batch_size": 128, "train_size": 60_000, "seed": 0}
+       "batch_size": 128, "train_size": 60_000, "precision": "float32", "seed": 0}
 
 
 def sync(device) -> None:
@@ -116,9 +115,9 @@ def usual_gan(data_dir: str, device, epochs: int) -> float:
         nn.Conv2d(24, 48, 4, stride=2, padding=1), nn.BatchNorm2d(48), nn.LeakyReLU(0.2),
         nn.Flatten(), nn.Linear(48 * 49, 256), nn.BatchNorm1d(256), nn.LeakyReLU(0.2),
         nn.Linear(256, 1)).to(device)
-    ours = gan_vs_vae.Gan(GAN, device)
+    ours, _ = gan_vs_vae.build(GAN, device)
     assert all([w.shape for w in a.parameters()] == [w.shape for w in b.parameters()]
-               for a, b in [(G, ours.G), (D, ours.D)]), "not the same networks"
+               for a, b in [(G, ours["G"]), (D, ours["D"])]), "not the same networks"
     optimizer_G, optimizer_D = (torch.optim.Adam(m.parameters(), lr=2e-4, betas=(0.5, 0.999))
                                 for m in (G, D))
     bce = nn.BCEWithLogitsLoss()
@@ -138,22 +137,24 @@ def usual_gan(data_dir: str, device, epochs: int) -> float:
     return last
 
 
-def our_gan(x, epochs: int, compiled: bool) -> float:
+def our_gan(x, epochs: int, compiled: bool, precision: str = "float32") -> float:
     """As gan_vs_vae.train, without its sampling and FID after every epoch."""
     torch.manual_seed(0)
-    gan = gan_vs_vae.Gan(GAN, x.device)
-    gan_vs_vae.set_mode(gan, True)
-    step = common_v1.fast_step(gan.step, gan.modules | gan.optimizers, x.device, compiled)
+    nets, optimizers = gan_vs_vae.build(GAN, x.device)
+    step = common.compiled(gan_vs_vae.step, compiled, x.device)
+    config = GAN | {"precision": precision}
     for _ in range(epochs):
         order = torch.randperm(len(x)).to(x.device)[:len(x) // 128 * 128]
-        losses = torch.stack([step(x[i], 0) for i in order.split(128)])
-    return float(losses[-100:, :2].sum(1).mean())
+        losses = []
+        for batch in order.split(128):
+            found = step(nets, optimizers, x[batch], config, 0)
+            losses.append((found["d_loss"] + found["g_loss"]).detach().clone())
+    return torch.stack(losses[-100:]).mean().item()
 
 
 def limit(step, weights: int, seconds: float, device) -> str:
     """Operations and bytes of a step, and the rate against a matrix product of this machine."""
-    dtype = torch.bfloat16 if device.type == "cpu" and common_v1.BFLOAT16 else torch.float32
-    a = torch.randn(2048, 2048, device=device, dtype=dtype)
+    a = torch.randn(2048, 2048, device=device)
     best = math.inf
     for _ in range(5):
         sync(device)
@@ -168,11 +169,11 @@ def limit(step, weights: int, seconds: float, device) -> str:
     moved = 4 * weights * 10
     return (f"{flops / 1e9:.2f} GFLOP and {moved / 1e6:.0f} MB of weights and moments a step; "
             f"{flops / seconds / 1e9:.0f} GFLOP/s, {100 * flops / seconds / peak:.0f} % of the "
-            f"{peak / 1e9:.0f} GFLOP/s of a {str(dtype).split('.')[1]} product of 2048 x 2048")
+            f"{peak / 1e9:.0f} GFLOP/s of a float32 product of 2048 x 2048")
 
 
 def apart(run, epochs: int, device) -> tuple[float, float, float]:
-    """`clock` in a process of its own, without common_v1.keep_memory."""
+    """`clock` in a process of its own."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"),
                              torch.set_float32_matmul_precision, ("high",)) as pool:  # TF32 too
         return pool.submit(clock, run, epochs, device).result()
@@ -211,13 +212,13 @@ def vae(args, device, data) -> None:
 
 def dcgan(args, device, data) -> None:
     x = data.x_train.to(device)
-    gan = gan_vs_vae.Gan(GAN, device)
-    gan_vs_vae.set_mode(gan, True)
-    weights = sum(w.numel() for m in (gan.G, gan.D) for w in m.parameters())
+    nets, optimizers = gan_vs_vae.build(GAN, device)
+    weights = sum(w.numel() for net in nets.values() for w in net.parameters())
     speed("DCGAN, batch 128, Adam", functools.partial(usual_gan, args.data_dir, device),
           {"ours": lambda n: our_gan(x, n, False),
-           "ours, --compile": lambda n: our_gan(x, n, True)},
-          len(x) // 128, lambda: gan.step(x[:128], 0), weights, args.epochs, device)
+           "ours, bfloat16": lambda n: our_gan(x, n, False, "bfloat16"),
+           "ours, --compile": lambda n: our_gan(x, n, True)}, len(x) // 128,
+          lambda: gan_vs_vae.step(nets, optimizers, x[:128], GAN, 0), weights, args.epochs, device)
 
 
 def peak_memory(run) -> tuple[float, float]:
@@ -225,7 +226,7 @@ def peak_memory(run) -> tuple[float, float]:
     status = lambda key: next(
         int(line.split()[1]) / 1e3 for line in Path("/proc/self/status").read_text().splitlines()
         if line.startswith(key))
-    ctypes.CDLL(None).malloc_trim(0)  # what common_v1.keep_memory keeps would count as before
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed would count as before
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     before, began = status("VmRSS"), time.perf_counter()
     run()
@@ -233,22 +234,23 @@ def peak_memory(run) -> tuple[float, float]:
 
 
 def metrics(args, device, data) -> None:
-    classifier = common_v1.load_classifier(data, device)
-    look = lambda n: classifier.look(data.x_train[torch.arange(n) % 60_000])
-    features, probs = look(60_000)
-    test, probs_test = classifier.look(data.x_test)
-    rows = []
+    classifier = common.load_classifier(data, device)
+    features, probs = classifier.predict(data.x_train)
+    test, probs_test = classifier.test_features, classifier.test_probs
+    lines = []
     for n in [1000, 5000, 20_000, 60_000]:
-        runs = {"classifier": lambda: look(n), "FID": lambda: common_v1.frechet_distance(
-                    features[:n], test),
-                "KID": lambda: common_v1.kernel_distance(features[:n], test),
-                "precision … coverage": lambda: common_v1.manifold_metrics(test, features[:n]),
-                "class share": lambda: common_v1.class_share(probs[:n], probs_test, data.y_test),
-                "copying, 2,000 images": lambda: common_v1.nearest(
+        runs = {"classifier": lambda: classifier.predict(data.x_train[:n]),
+                "FID": lambda: common.frechet_distance(features[:n], test),
+                "precision, recall, coverage": lambda: gan_vs_vae.manifold_metrics(
+                    test, features[:n]),
+                "class shares": lambda: imbalance_study.class_shares(
+                    probs[:n], probs_test, data.y_test),
+                "copying, 2,000 images": lambda: common.nearest(
                     data.x_test[:2000], data.x_train[:n])}
         cost = {name: peak_memory(run) for name, run in runs.items()}
-        rows.append([f"{n:,}", *[f"{s:.2f} s, {mb:.0f} MB" for s, mb in cost.values()]])
-    print("## Metrics of n images against 10,000\n\n" + common_v1.table(["n", *cost], rows))
+        lines.append([f"{n:,}", *[f"{s:.2f} s, {mb:.0f} MB" for s, mb in cost.values()]])
+    print("## Metrics of n images against 10,000\n\n"
+          + common.markdown_table([["n", *cost], *lines], 1))
 
 
 def main() -> None:

@@ -40,9 +40,7 @@ def data():
 
 @pytest.fixture(scope="session")
 def classifier(data):
-    model = common.load_classifier(data, torch.device("cpu"))
-    model.look = model.predict  # its name until gan_vs_vae.py is rewritten
-    return model
+    return common.load_classifier(data, torch.device("cpu"))
 
 
 def numbers(folder: Path) -> dict:

@@ -10,48 +10,8 @@ import torch.nn.functional as F
 from conftest import DATA_DIR
 
 import common
-import common_v1
+import gan_vs_vae
 import imbalance_study as study
-
-
-def test_kernel_distance_is_unbiased_and_notices_a_shift():
-    null = [common_v1.kernel_distance(torch.randn(60, 6), torch.randn(50, 6)) for _ in range(200)]
-    assert abs(np.mean(null)) < 3 * np.std(null) / np.sqrt(200) and min(null) < 0
-    x = torch.randn(400, 6)
-    shifted = [common_v1.kernel_distance(x, torch.randn(400, 6) + s) for s in (0.2, 0.5, 1.0)]
-    assert 0 < shifted[0] < shifted[1] < shifted[2]
-
-
-def test_kernel_distance_against_the_plain_formula():
-    x, y = torch.randn(30, 4).double(), torch.randn(20, 4).double() + 0.5
-    k = lambda a, b: (a @ b.T / 4 + 1) ** 3
-    off = lambda m: (m.sum() - m.trace()) / (len(m) * (len(m) - 1))
-    want = off(k(x, x)) + off(k(y, y)) - 2 * k(x, y).mean()
-    assert common_v1.kernel_distance(x, y) == pytest.approx(want.item(), rel=1e-10)
-
-
-def test_manifold_metrics_on_equal_disjoint_and_collapsed_sets():
-    found = [common_v1.manifold_metrics(torch.randn(600, 4), torch.randn(600, 4)) for _ in range(8)]
-    mean = {k: np.mean([f[k] for f in found]) for k in found[0]}
-    assert mean["density"] == pytest.approx(1, abs=0.03)
-    assert mean["coverage"] == pytest.approx(1 - 2**-5, abs=0.01)
-    apart = common_v1.manifold_metrics(torch.randn(100, 4), torch.randn(100, 4) + 100)
-    assert set(apart.values()) == {0.0}
-    real = torch.randn(300, 4)
-    one = common_v1.manifold_metrics(real, real[:1].repeat(300, 1))
-    assert one["precision"] == 1 and one["recall"] == 0 and one["coverage"] < 0.1
-
-
-def test_manifold_metrics_against_a_naive_count():
-    real, fake, k = torch.randn(40, 3), torch.randn(30, 3) * 1.3, 3
-    distance = lambda a, b: np.linalg.norm(a.numpy()[:, None] - b.numpy()[None], axis=2)
-    r = np.sort(distance(real, real), 1)[:, k]
-    s = np.sort(distance(fake, fake), 1)[:, k]
-    d = distance(real, fake)
-    want = {"precision": (d < r[:, None]).any(0).mean(), "recall": (d < s).any(1).mean(),
-            "density": (d < r[:, None]).sum() / (k * 30),
-            "coverage": (d < r[:, None]).any(1).mean()}
-    assert common_v1.manifold_metrics(real, fake, k) == pytest.approx(want)
 
 
 def test_nearest_is_exact_for_copies():
@@ -74,9 +34,9 @@ def test_the_committed_classifiers_are_good_enough(name, accuracy):
     assert common.load_classifier(data, torch.device("cpu")).accuracy >= accuracy
 
 
-def test_coverage_is_that_of_the_first_version():
+def test_coverage_means_one_thing_in_both_studies():
     real, fake = torch.randn(60, 5), torch.randn(50, 5) * 0.8
-    assert study.coverage(real, fake) == common_v1.manifold_metrics(real, fake)["coverage"]
+    assert study.coverage(real, fake) == gan_vs_vae.manifold_metrics(real, fake)["coverage"]
 
 
 def test_the_committed_classifier_rarely_sees_a_class_that_is_not_there(data, classifier):
