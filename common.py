@@ -821,7 +821,13 @@ def how_made(runs: list[dict]) -> str:
         return ", ".join(sorted({str(one[key]) for one in made}))
 
     minutes = [run["metrics"]["seconds_train"] / 60 for run in runs]
-    commands = sorted({re.sub(r" --(seeds( \d+)+|fresh)", "", one["command"]) for one in made})
+    commands = set()
+    for one in made:
+        command = re.sub(r" --(seeds( \d+)+|fresh)", "", one["command"])
+        if one["precision"] == "bfloat16" and "--precision" not in command:
+            command += " --precision bfloat16"  # the first version chose it by the processor
+        commands.add(command)
+    commands = sorted(commands)
     if len(commands) > 5:
         commands = [*commands[:5], f"... {len(commands) - 5} others, in each final_metrics.json"]
     return (f"Trained in {all_of('precision')}, {min(minutes):.1f} to {max(minutes):.1f} minutes a "

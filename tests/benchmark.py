@@ -147,7 +147,7 @@ def our_gan(x, epochs: int, compiled: bool, precision: str = "float32") -> float
         order = torch.randperm(len(x)).to(x.device)[:len(x) // 128 * 128]
         losses = []
         for batch in order.split(128):
-            found = step(nets, optimizers, x[batch], config, 0)
+            found = step(nets, optimizers, x[batch], config, 1)
             losses.append((found["d_loss"] + found["g_loss"]).detach().clone())
     return torch.stack(losses[-100:]).mean().item()
 
@@ -218,7 +218,7 @@ def dcgan(args, device, data) -> None:
           {"ours": lambda n: our_gan(x, n, False),
            "ours, bfloat16": lambda n: our_gan(x, n, False, "bfloat16"),
            "ours, --compile": lambda n: our_gan(x, n, True)}, len(x) // 128,
-          lambda: gan_vs_vae.step(nets, optimizers, x[:128], GAN, 0), weights, args.epochs, device)
+          lambda: gan_vs_vae.step(nets, optimizers, x[:128], GAN, 1), weights, args.epochs, device)
 
 
 def peak_memory(run) -> tuple[float, float]:
