@@ -547,7 +547,8 @@ def evaluate(run: common.Run, trained: dict, histories: dict, data: common.Data,
     is_right = supervised.predict(data.x_test)[1].argmax(1) == data.y_test
     train_features, _ = classifier.predict(data.x_train[:10_000])
     save_log_probabilities(run.folder, indices["test"], y, area, found)
-    figures(run, found, histories, y, torch.cat([x_train[:N_SHOWN], shown_test(x)]).cpu())
+    log_probability_boxes(run.folder, found, y)
+    figures(run, histories, torch.cat([x_train[:N_SHOWN], shown_test(x)]).cpu())
     return {
         "n_test": len(x), "n_train": n_train, "codes": args.codes, "models": models,
         "supervised_accuracy": is_right.double().mean().item(),
@@ -592,19 +593,38 @@ def save_log_probabilities(folder: Path, test: Tensor, y: Tensor, area: Tensor,
 
 NAMES = ["setting", "model", "images"]
 COLUMNS = [
-    ("log p(x), nats", "log_px", 2), ("gap of the start", "start_gap", 2),
+    ("log p(x)", "log_px", 2), ("gap of the start", "start_gap", 2),
     ("approximation gap", "approximation_gap", 2), ("median ESS", "ess", 0),
     ("squared error", "squared_error", 4), ("FID", "fid", 2), ("probe accuracy", "probe", 3),
     ("seconds per epoch", "seconds_per_epoch", 1)]
-DIFFERENCES = [COLUMNS[0], COLUMNS[2], COLUMNS[4], COLUMNS[5], COLUMNS[6]]
+DIFFERENCES = [*COLUMNS[:3], *COLUMNS[5:7]]
 PAIRS = [(("latent optimisation", "test"), ("amortised VAE", "test")),
          (("amortised VAE", "training"), ("amortised VAE", "test")),
          (("latent optimisation", "training"), ("latent optimisation", "test"))]
 
 
-def figures(run: common.Run, found: dict, histories: dict, y: Tensor, x: Tensor) -> None:
-    """training_curves.png, log_probabilities.png, and for each shown epoch samples_epoch_<n>.png
-    and comparison_epoch_<n>.png; history.csv of both models.
+def training_curves(folder: Path, history: list[dict]) -> None:
+    """training_curves.png of the history of both models."""
+    common.plot_history(folder / "training_curves.png", history, {
+        "−ELBO, nats": ["vae_loss", "vae_val_loss", "latent_opt_loss"],
+        "−log p(x | z), nats": ["vae_reconstruction", "latent_opt_reconstruction"],
+        "KL, nats": ["vae_kl", "latent_opt_kl"]})
+
+
+def log_probability_boxes(folder: Path, found: dict, y: Tensor) -> None:
+    """log_probabilities.png: log p(x) of test images with labels y (B,), by digit."""
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    for axes, kind in zip(figure.subplots(1, 2, sharey=True), MODELS, strict=True):
+        values = [found[kind]["log_px"][y == digit].numpy() for digit in range(10)]
+        axes.boxplot(values, flierprops={"markersize": 2})
+        axes.set_xticks(range(1, 11), range(10))
+        axes.set(xlabel="digit", ylabel="log p(x), nats", title=MODELS[kind])
+    common.save_figure(folder / "log_probabilities.png", figure)
+
+
+def figures(run: common.Run, histories: dict, x: Tensor) -> None:
+    """history.csv and curves of both models; for each shown epoch samples_epoch_<n>.png and
+    comparison_epoch_<n>.png.
     """
     history = []
     for vae, latents in zip(histories["vae"], histories["latent_opt"], strict=True):
@@ -613,18 +633,7 @@ def figures(run: common.Run, found: dict, histories: dict, y: Tensor, x: Tensor)
         row |= {f"latent_opt_{key}": value for key, value in latents.items() if key != "epoch"}
         history.append(row)
     common.save(run.folder / "history.csv", history)
-    common.plot_history(run.folder / "training_curves.png", history, {
-        "−ELBO, nats": ["vae_loss", "vae_val_loss", "latent_opt_loss"],
-        "−log p(x | z), nats": ["vae_reconstruction", "latent_opt_reconstruction"],
-        "KL, nats": ["vae_kl", "latent_opt_kl"]})
-
-    figure = Figure(figsize=(9, 3.5), layout="constrained")
-    for axes, kind in zip(figure.subplots(1, 2, sharey=True), MODELS, strict=True):
-        values = [found[kind]["log_px"][y == digit].numpy() for digit in range(10)]
-        axes.boxplot(values, flierprops={"markersize": 2})
-        axes.set_xticks(range(1, 11), range(10))
-        axes.set(xlabel="digit", ylabel="log p(x), nats", title=MODELS[kind])
-    common.save_figure(run.folder / "log_probabilities.png", figure)
+    training_curves(run.folder, history)
 
     for epoch in sorted({*SHOWN_EPOCHS, run.config["epochs"]}):
         files = [run.folder / f"{kind}_epoch_{epoch}.pt" for kind in MODELS]
@@ -685,10 +694,10 @@ def answer(table: dict, setting: str) -> list[str]:
                 for digit in range(10)]
     most, least = int(np.argmax(by_digit)), int(np.argmin(by_digit))
     lines.append(
-        f"Mean log p(x) by digit, amortised VAE: highest {by_digit[most]:.1f} nats (digit {most}), "
-        f"lowest {by_digit[least]:.1f} nats (digit {least}). Stroke area explains "
-        f"{common.cell(vae, 'stroke_area_r2', 2)} of the variance over images (R²).")
-    return lines
+        f"Mean log p(x) by digit, amortised VAE: highest for {most} ({by_digit[most]:.1f} nats), "
+        f"lowest for {least} ({by_digit[least]:.1f} nats). Stroke area explains "
+        f"{common.cell(vae, 'stroke_area_r2', 2)} of its variance over images (R²).")
+    return [line.replace("-", "−") for line in lines]
 
 
 def report(root: Path) -> None:

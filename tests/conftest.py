@@ -12,7 +12,6 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
-import common_v1  # noqa: E402
 
 DATA_DIR = os.environ.get("MNIST_DATA_DIR", "")
 
@@ -25,11 +24,10 @@ def known_noise():
 @pytest.fixture
 def few_test_images(monkeypatch):
     """Whole runs load 1,000 of the 10,000 test images, to be quick."""
-    for module in (common, common_v1):
-        def fewer(*a, real=module.load_data):
-            data = real(*a)
-            return data._replace(x_test=data.x_test[:1000], y_test=data.y_test[:1000])
-        monkeypatch.setattr(module, "load_data", fewer)
+    def fewer(*a, real=common.load_data):
+        data = real(*a)
+        return data._replace(x_test=data.x_test[:1000], y_test=data.y_test[:1000])
+    monkeypatch.setattr(common, "load_data", fewer)
 
 
 @pytest.fixture(scope="session")
@@ -53,18 +51,15 @@ def numbers(folder: Path) -> dict:
 
 def interrupt_after_epoch(n: int, run) -> None:
     """Call `run`, with a Ctrl-C once n epochs are on disk."""
-    calls = []
+    calls, log = [], common.Run.log
 
-    def patched(real):
-        def interrupted(*a, **k):
-            real(*a, **k)
-            calls.append(1)
-            if len(calls) == n:
-                raise KeyboardInterrupt
-        return interrupted
+    def interrupted(*a, **k):
+        log(*a, **k)
+        calls.append(1)
+        if len(calls) == n:
+            raise KeyboardInterrupt
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(common_v1, "save_epoch", patched(common_v1.save_epoch))
-        patch.setattr(common.Run, "log", patched(common.Run.log))
+        patch.setattr(common.Run, "log", interrupted)
         run()
 
 

@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 import common
-import common_v1
 
 # ------------------------------------------------------------------------------ Fréchet distance
 
@@ -35,14 +34,13 @@ def test_frechet_of_two_gaussians_in_closed_form():
     assert common.frechet_distance(x, y) == pytest.approx(want.item(), rel=1e-9)
 
 
-def test_frechet_agrees_with_scipys_square_root_and_the_first_version():
+def test_frechet_agrees_with_scipys_square_root():
     mix = torch.randn(12, 12, dtype=torch.float64)
     x, y = torch.randn(900, 12).double() @ mix, torch.randn(700, 12).double() + 0.3
     cov_x, cov_y = np.cov(x.numpy().T), np.cov(y.numpy().T)
     root = scipy.linalg.sqrtm(cov_x @ cov_y).real
     want = ((x.mean(0) - y.mean(0)) ** 2).sum().item() + np.trace(cov_x + cov_y - 2 * root)
     assert common.frechet_distance(x, y) == pytest.approx(want, rel=1e-6)
-    assert common.frechet_distance(x, y) == common_v1.frechet_distance(x, y)
 
 
 def test_frechet_scales_rotates_and_survives_few_samples():

@@ -7,19 +7,16 @@
 import re
 import shlex
 import shutil
-import subprocess
 
 import numpy as np
 import pytest
 from conftest import ROOT
 
-import common as common_v2  # until the last script is rewritten
-import common_v1 as common
+import common
 import gan_vs_vae
 import imbalance_study
 import latent_opt
 import vae_mnist
-from common_v1 import get, show
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SCRIPTS = {"imbalance_study.py": imbalance_study, "latent_opt.py": latent_opt,
@@ -35,7 +32,7 @@ COMMANDS = [(where, one(line.split("#")[0].strip().split("python ")[-1]))
 def imbalance_rows() -> tuple[dict, str]:
     """The published rows, and the name of the rare class on the report's page."""
     table = imbalance_study.rows(
-        common_v2.finished_runs(ROOT / "results/published/imbalance_study/mnist"))
+        common.finished_runs(ROOT / "results/published/imbalance_study/mnist"))
     return table, imbalance_study.shown_class(table)
 
 
@@ -46,11 +43,11 @@ def imbalance_table() -> str:
     for model, sampler in [("vae", "prior"), ("ae", "prior"), ("ga-ae", "prior"), ("vae", "local"),
                            ("ae", "local"), ("ga-ae λ=0", "local"), ("ga-ae", "local")]:
         shown[rare, model, sampler] = table[rare, model, sampler]
-    return common_v2.results_table(shown, imbalance_study.NAMES, imbalance_study.COLUMNS)
+    return common.results_table(shown, imbalance_study.NAMES, imbalance_study.COLUMNS)
 
 
 def vae_rows() -> dict:
-    return vae_mnist.rows(common_v2.finished_runs(ROOT / "results/published/vae_mnist/mnist"))
+    return vae_mnist.rows(common.finished_runs(ROOT / "results/published/vae_mnist/mnist"))
 
 
 def vae_table() -> str:
@@ -59,7 +56,7 @@ def vae_table() -> str:
     for name, seeds in vae_rows().items():
         if None in seeds or len(seeds) > 1 or name[0] == "conv":
             shown[name] = seeds
-    return common_v2.results_table(shown, vae_mnist.NAMES, vae_mnist.COLUMNS)
+    return common.results_table(shown, vae_mnist.NAMES, vae_mnist.COLUMNS)
 
 
 def gan_rows() -> dict:
@@ -77,7 +74,7 @@ def best_gans() -> dict:
 
 
 def gan_table() -> str:
-    return common_v2.results_table(best_gans(), gan_vs_vae.NAMES, [
+    return common.results_table(best_gans(), gan_vs_vae.NAMES, [
         ("FID", "fid", 2), ("floor", "floor", 3), *gan_vs_vae.MANIFOLD,
         ("copying", "copying", 2), ("−ELBO", "elbo.loss", 2)])
 
@@ -86,30 +83,19 @@ def gan_expect() -> str:
     name, seeds = next(iter(best_gans().items()))
     runs = [run for run in gan_vs_vae.all_runs(ROOT / "results/published/gan_vs_vae")
             if gan_vs_vae.row_name(run["config"]) == name]
-    return expect(f"{', '.join(name)}: FID {common_v2.cell(seeds, 'fid', 2)} (floor "
-                  f"{common_v2.cell(seeds, 'floor', 2)}), recall "
-                  f"{common_v2.cell(seeds, 'recall', 2)}", runs)
+    return expect(f"{', '.join(name)}: FID {common.cell(seeds, 'fid', 2)} (floor "
+                  f"{common.cell(seeds, 'floor', 2)}), recall "
+                  f"{common.cell(seeds, 'recall', 2)}", runs)
 
 
-def latent_runs() -> list:
-    return common.finished_runs(ROOT / "results/published/latent_opt/mnist")
+def latent_rows() -> dict:
+    """The published rows by model and images."""
+    table = latent_opt.rows(common.finished_runs(ROOT / "results/published/latent_opt/mnist"))
+    return {name[1:]: seeds for name, seeds in table.items()}
 
 
 def latent_table() -> str:
-    """The README's table: a row per model, under its own decoder."""
-    runs, rows = latent_runs(), []
-    for name, title in latent_opt.MODELS.items():
-        of = lambda *keys, name=name, **more: show(runs, "models", name, *keys, **more)
-        gap = lambda key, of=of: of("gaps", "test", key, "mean")
-        rows.append([title, len(runs), gap("log_px"), gap("elbo"), gap("approximation_gap"),
-                     gap("start_gap") if name == "vae" else "–",
-                     of("squared_error", "optimised", digits=4), of("fid", "prior"),
-                     of("probe_accuracy", digits=3), of("seconds_per_epoch", digits=1)])
-    floor = common.mean_std(sorted(set(get(runs, "fid_floor"))))  # one for all runs
-    right = show(runs, "supervised_accuracy_subset", digits=3)
-    return common.table(["model", "n", "log p(x)", "ELBO, q optimised", "approximation gap",
-                         "amortisation gap", "squared error, q optimised", f"FID (floor {floor})",
-                         f"probe accuracy (supervised {right})", "s per epoch"], rows)
+    return common.results_table(latent_rows(), latent_opt.NAMES[1:], latent_opt.COLUMNS)
 
 
 def summary_table() -> str:
@@ -120,16 +106,16 @@ def summary_table() -> str:
                                    ("ga-ae", "prior", "0.5"), ("ga-ae", "local", "0.5")]:
         seeds = imbalance[rare, model, sampler]
         add("imbalance", f"lift of the 9 at 2 %: {model}, {sampler} codes",
-            common_v2.cell(seeds, "calibrated_lift", 2), len(seeds), "1",
+            common.cell(seeds, "calibrated_lift", 2), len(seeds), "1",
             f"{source}, expected")
     kingma = vae_rows()["mlp 500", "20-D", "binarised", "ELBO", "adam 0.001"]
     grey = vae_rows()["mlp 500", "64-D", "grey", "ELBO", "adam 0.001"]
     floor = vae_rows()[vae_mnist.REAL][None]["negative_elbo"]
     add("VAE", "−ELBO, 20 dimensions, 500 units, binarised, default rate (nats)",
-        common_v2.cell(kingma, "negative_elbo", 2), len(kingma), "–",
+        common.cell(kingma, "negative_elbo", 2), len(kingma), "–",
         "≈ 100, protocol not stated")
     add("VAE", "validation loss, 64 dimensions, 500 units, grey (nats)",
-        common_v2.cell(grey, "validation.loss", 2), len(grey), f"{floor:.2f}, of test images",
+        common.cell(grey, "validation.loss", 2), len(grey), f"{floor:.2f}, of test images",
         "100.35")
     source = {("MNIST", "GAN"): 0.03, ("MNIST", "VAE"): 0.25, ("FashionMNIST", "GAN"): 0.06,
               ("FashionMNIST", "VAE"): 0.78}
@@ -137,15 +123,15 @@ def summary_table() -> str:
         data, kind = name[0].removesuffix(" bfloat16"), gan_vs_vae.kind(name)
         if (data, kind) in source:
             add("GAN against VAE", f"FID of the best {kind}, {data}",
-                common_v2.cell(seeds, "fid", 2), len(seeds), common_v2.cell(seeds, "floor", 3),
+                common.cell(seeds, "fid", 2), len(seeds), common.cell(seeds, "floor", 3),
                 f"{source[data, kind]:g}, other features")
-    latent = latent_runs()
-    gap = lambda key: show(latent, "models", "vae", "gaps", "test", key, "mean")
-    add("latent optimisation", "amortisation gap of the encoder (nats)", gap("start_gap"),
-        len(latent), "0", "–")
+    vae = latent_rows()["amortised VAE", "test"]
+    add("latent optimisation", "amortisation gap of the encoder (nats)",
+        common.cell(vae, "start_gap", 2), len(vae), "0", "–")
     add("latent optimisation", "approximation gap of a diagonal Gaussian (nats)",
-        gap("approximation_gap"), len(latent), "0", "–")
-    return common.table(["study: what", "here", "n", "ideal or floor", "source"], rows)
+        common.cell(vae, "approximation_gap", 2), len(vae), "0", "–")
+    lines = [["study: what", "here", "n", "ideal or floor", "source"]]
+    return common.markdown_table(lines + [list(map(str, row)) for row in rows], 1)
 
 
 def expect(found: str, runs: list) -> str:
@@ -161,30 +147,30 @@ def expect(found: str, runs: list) -> str:
 def imbalance_expect() -> str:
     table, rare = imbalance_rows()
     seeds = table[rare, "ga-ae", "local"]
-    runs = [run for run in common_v2.finished_runs(
+    runs = [run for run in common.finished_runs(
                 ROOT / "results/published/imbalance_study/mnist")
             if imbalance_study.rare_class(run["config"]) == rare
             and imbalance_study.model_name(run["config"]) == "ga-ae"]
     return expect(f"ga-ae, {rare}, local codes: lift "
-                  f"{common_v2.cell(seeds, 'calibrated_lift', 2)}, FID / floor "
-                  f"{common_v2.cell(seeds, 'fid_ratio', 1)}", runs)
+                  f"{common.cell(seeds, 'calibrated_lift', 2)}, FID / floor "
+                  f"{common.cell(seeds, 'fid_ratio', 1)}", runs)
 
 
 def vae_expect() -> str:
     name = ("mlp 500", "20-D", "binarised", "ELBO", "adam 0.001")
-    runs = [run for run in common_v2.finished_runs(ROOT / "results/published/vae_mnist/mnist")
+    runs = [run for run in common.finished_runs(ROOT / "results/published/vae_mnist/mnist")
             if vae_mnist.row_name(run["config"]) == name]
     seeds = vae_rows()[name]
     return expect("20-D, 500 units, binarised: −ELBO "
-                  f"{common_v2.cell(seeds, 'negative_elbo', 2)}, NLL "
-                  f"{common_v2.cell(seeds, 'likelihood.nll', 2)} nats", runs)
+                  f"{common.cell(seeds, 'negative_elbo', 2)}, NLL "
+                  f"{common.cell(seeds, 'likelihood.nll', 2)} nats", runs)
 
 
 def latent_expect() -> str:
-    runs = latent_runs()
-    gap = lambda key: show(runs, "models", "vae", "gaps", "test", key, "mean")
-    return expect(f"gaps of the encoder: amortisation {gap('start_gap')}, approximation "
-                  f"{gap('approximation_gap')} nats", runs)
+    vae = latent_rows()["amortised VAE", "test"]
+    return expect(f"gaps of the encoder: amortisation {common.cell(vae, 'start_gap', 2)}, "
+                  f"approximation {common.cell(vae, 'approximation_gap', 2)} nats",
+                  common.finished_runs(ROOT / "results/published/latent_opt/mnist"))
 
 
 def results_readme() -> str:
@@ -198,29 +184,22 @@ def results_readme() -> str:
     published = ROOT / "results/published"
     for root in sorted(file.parent for file in published.rglob("report.md")):
         where = root.relative_to(ROOT / "results").as_posix()
-        if root.parent.name in ("vae_mnist", "imbalance_study"):
-            parts += [f"## [{where}]({where}/report.md)", commands(root)]
-            continue
-        if root.name == "gan_vs_vae":
-            parts += [f"## [{where}]({where}/report.md)", *map(commands, sorted(
-                folder for folder in root.iterdir() if folder.is_dir()))]
-            continue
-        study = SCRIPTS[f"{root.parent.name}.py"]
-        groups = common.by_configuration(common.finished_runs(root), study.variant)
-        table = common.how_made(groups).split("\n\n", 1)[1]
-        parts += [f"## [{where}]({where}/report.md)", table]
+        folders = [root]
+        if root.name == "gan_vs_vae":  # one report of two datasets
+            folders = sorted(folder for folder in root.iterdir() if folder.is_dir())
+        parts += [f"## [{where}]({where}/report.md)", *map(commands, folders)]
     return "\n\n".join(parts) + "\n"
 
 
 def commands(root) -> str:
     """Which command made which run."""
     lines = [["run", "precision", "command", "commit", "device", "threads", "torch", "minutes"]]
-    for run in common_v2.finished_runs(root):
+    for run in common.finished_runs(root):
         made, minutes = run["metrics"]["environment"], run["metrics"]["seconds_train"] / 60
         lines.append(["/".join(run["folder"].parts[-2:]), run["config"]["precision"],
                       f"`{made['command']}`", made["commit"], made["device"],
                       str(made["threads"]), made["torch"], f"{minutes:.1f}"])
-    return common_v2.markdown_table(lines, 7)
+    return common.markdown_table(lines, 7)
 
 
 TABLES = {"summary": summary_table, "imbalance": imbalance_table, "vae": vae_table,
@@ -255,7 +234,7 @@ def test_published_numbers_are_those_of_the_json(name):
 @pytest.mark.parametrize("script", [imbalance_study, vae_mnist, latent_opt,
                                     gan_vs_vae])
 def test_the_published_report_is_rebuilt_byte_for_byte(tmp_path, script, monkeypatch):
-    monkeypatch.setattr(common_v2, "HERE", tmp_path)  # reports link to the README there
+    monkeypatch.setattr(common, "HERE", tmp_path)  # reports link to the README there
     copy = tmp_path / "results/published" / script.__name__
     shutil.copytree(ROOT / "results/published" / script.__name__, copy)
     reports = {file: file.read_bytes() for pattern in ["report.md", "results.csv"]
@@ -264,7 +243,7 @@ def test_the_published_report_is_rebuilt_byte_for_byte(tmp_path, script, monkeyp
     for file in reports:
         file.unlink()
     datasets = {file.parent.name for file in reports} & {"mnist", "fashion-mnist"}
-    for dataset in datasets if script in (imbalance_study, vae_mnist) else [None]:
+    for dataset in [None] if script == gan_vs_vae else datasets:
         more = ["--dataset", dataset] if dataset else []
         script.main(["--report-only", "--out-dir", str(copy.parent), *more])
     assert reports == {file: file.read_bytes() for file in reports}
@@ -282,24 +261,6 @@ def test_there_are_commands_and_the_files_named_exist():
         assert name == "report.md" or (ROOT / name).exists(), name
     for name in re.findall(r"\]\((?!http)([^)#]+)\)", README):
         assert (ROOT / name).exists(), name
-
-
-def test_a_commit_is_dirty_by_its_code_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr(common, "HERE", tmp_path)
-    git = lambda *of: subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *of],
-                                     cwd=tmp_path, check=True, capture_output=True)
-    version = common.code_version.__wrapped__
-    git("init", "-q")
-    assert version() == "unknown"  # no commit yet
-    for name in ("study.py", "report.md"):
-        (tmp_path / name).write_text("1")
-    git("add", ".")
-    git("commit", "-q", "-m", "first")
-    commit = version()
-    (tmp_path / "report.md").write_text("2")
-    assert len(commit) >= 7 and version() == commit
-    (tmp_path / "study.py").write_text("2")
-    assert version() == f"{commit}-dirty"
 
 
 def test_ci_runs_the_readmes_test_command():

@@ -18,7 +18,6 @@ import pytest
 from conftest import ROOT, numbers, script
 
 import common
-import common_v1
 import gan_vs_vae
 import imbalance_study
 import latent_opt
@@ -107,8 +106,8 @@ def actions(name: str) -> list:
     """The flags of a script."""
     kept = []
     with pytest.MonkeyPatch.context() as patch:
-        for parser in (common.Parser, common_v1.Parser):
-            patch.setattr(parser, "parse_args", lambda self, argv: kept.extend(self._actions))
+        patch.setattr(common.Parser, "parse_args",
+                      lambda self, argv: kept.extend(self._actions))
         STUDIES[name].parse_args([])
     return [action for action in kept if "--help" not in action.option_strings]
 
@@ -189,7 +188,7 @@ def test_extremes_run_or_are_refused(tmp_path, name, extreme):
     argv = [*SMOKE[name], *extreme, "--epochs", "1", "--out-dir", str(tmp_path)]
     try:
         metrics = STUDIES[name].main(argv)
-    except (common.UserError, common_v1.UserError) as error:
+    except common.UserError as error:
         assert "--" in str(error), "the next step is named"
         return
     found = np.array([v for m in metrics.values() for v in [
