@@ -8,6 +8,7 @@ metric classifier, and losses nats per image.
 import argparse
 import csv
 import functools
+import gzip
 import hashlib
 import io
 import json
@@ -15,8 +16,10 @@ import math
 import os
 import platform
 import re
+import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -25,6 +28,7 @@ import zlib
 from pathlib import Path
 from typing import NamedTuple
 
+os.environ["MPLBACKEND"] = "agg"  # figures are drawn off screen, whatever the user has set
 import matplotlib
 import numpy as np
 import torch
@@ -35,6 +39,7 @@ from torchvision import datasets
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
+matplotlib.rcdefaults()  # a user's matplotlibrc would change the pictures
 warnings.filterwarnings("ignore", message=".*torch.jit.script.* is deprecated")  # torch's own use
 HERE = Path(__file__).resolve().parent
 DATASETS = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "glyphs": "glyphs"}
@@ -54,8 +59,8 @@ class Diverged(UserError):
 class Parser(argparse.ArgumentParser):
     """The flags that every script has. A bad value is one line and exit status 2."""
 
-    def __init__(self, doc: str, epochs: int, batch_size: int, lr):
-        super().__init__(description=doc.splitlines()[0], allow_abbrev=False,
+    def __init__(self, study: str, doc: str, epochs: int, batch_size: int, lr):
+        super().__init__(f"{study}.py", description=doc.splitlines()[0], allow_abbrev=False,
                          formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         flag = self.add_argument
         data_dir = os.environ.get("MNIST_DATA_DIR") or "data"
@@ -68,7 +73,7 @@ class Parser(argparse.ArgumentParser):
              nargs="+" if isinstance(lr, list) else None)
         flag("--seeds", type=number(int, 0, 2**31), nargs="+", default=[0], help="one run for each")
         flag("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto",
-             help="auto: the fastest there is")
+             help="auto: the fastest there is; CUDA_VISIBLE_DEVICES=1 names one of several GPUs")
         flag("--precision", choices=["float32", "bfloat16"], default="float32",
              help="of the networks in training; everything measured is float32")
         flag("--train-size", type=number(int, 1), help="train on N images, drawn by the seed")
@@ -78,7 +83,16 @@ class Parser(argparse.ArgumentParser):
         flag("--compile", action="store_true", help="torch.compile; a CPU needs a C++ compiler")
         flag("--tensorboard", action="store_true", help="write logs for TensorBoard too")
 
+    def parse_args(self, argv=None):
+        """The flags; "command" is what was typed, or what a notebook passed to main."""
+        argv = sys.argv[1:] if argv is None else argv
+        args = super().parse_args(argv)
+        args.command = shlex.join([self.prog, *argv])
+        return args
+
     def error(self, message: str):
+        if "'cuda:" in message:
+            message = f"{message}; CUDA_VISIBLE_DEVICES=1 with --device cuda names the second GPU"
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
 
@@ -86,6 +100,8 @@ def number(kind: type, low: float, high: float = 1e9):
     """An argparse type: an int or a float from low to high."""
 
     def parse(text: str):
+        if "," in text:
+            raise argparse.ArgumentTypeError(f"{text!r}: values are separated by spaces")
         value = kind(text)
         if not low <= value <= high:  # a nan is refused too
             raise ValueError
@@ -110,6 +126,11 @@ def guard(main) -> None:
         print("stopped; the same command (without --fresh) continues", file=sys.stderr)
         sys.exit(128 + number)  # 130 for Ctrl-C, 143 for SIGTERM
 
+    for stream in [sys.stdout, sys.stderr]:
+        if stream:  # a console that cannot show a letter must not end a run
+            stream.reconfigure(errors="backslashreplace")
+    if sys.stderr is None:  # closed: tqdm needs one
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     signal.signal(signal.SIGINT, stopped)
     signal.signal(signal.SIGTERM, stopped)  # how a cluster takes its machine back
     try:
@@ -117,6 +138,9 @@ def guard(main) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:  # the reader of a pipe has gone, as head does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
 
 
 # --------------------------------------------------------------------- Device, seeds and progress
@@ -156,6 +180,10 @@ def cosine_schedule(optimizer: torch.optim.Optimizer, epochs: int):
 
 def compiled(function, on: bool, device: torch.device):
     """torch.compile(function) if `on`. On CUDA its outputs are reused: clone what you keep."""
+    compilers = [os.environ.get("CXX", "g++"), "clang++", "c++"]
+    if on and device.type == "cpu" and not any(map(shutil.which, compilers)):
+        raise UserError("--compile needs a C++ compiler and finds none; install g++ or clang++, or "
+                        "give the command without --compile")
     mode = "reduce-overhead" if device.type == "cuda" else "default"
     return torch.compile(function, mode=mode) if on else function
 
@@ -186,6 +214,88 @@ class Data(NamedTuple):
     y_test: Tensor
 
 
+FILES = {  # of a dataset: how they are called, and their shape
+    "x_train": ("train-images", "idx3", (60_000, 28, 28)),
+    "y_train": ("train-labels", "idx1", (60_000,)),
+    "x_test": ("t10k-images", "idx3", (10_000, 28, 28)),
+    "y_test": ("t10k-labels", "idx1", (10_000,))}
+
+
+def find_files(name: str, folder: Path) -> dict[str, Path]:
+    """The files of a dataset that lie in a folder or below it, as torchvision or a user left them:
+    unpacked or not, in <name>/raw, <name>, raw or the folder itself.
+    """
+    for place in [folder / name / "raw", folder / name, folder / "raw", folder]:
+        found = {}
+        for key, (stem, kind, _) in FILES.items():
+            for ending in ["-{}-ubyte", ".{}-ubyte", "-{}-ubyte.gz", ".{}-ubyte.gz"]:
+                path = place / (stem + ending.format(kind))
+                if path.exists() or path.is_symlink():
+                    found.setdefault(key, path)
+        if found:
+            return found
+    return {}
+
+
+def read_idx(path: Path, wanted: tuple) -> Tensor:
+    """The uint8 tensor of a file in MNIST's format, packed or not. UserError if it is another."""
+    try:
+        content = path.read_bytes()
+        if path.suffix == ".gz":
+            content = gzip.decompress(content)
+        n_dims = content[3]
+        shape = tuple(np.frombuffer(content, ">u4", n_dims, 4).tolist())
+        values = np.frombuffer(content, np.uint8, offset=4 + 4 * n_dims).reshape(shape)
+    except (OSError, EOFError, IndexError, ValueError) as error:
+        link = f" (a link to {path.readlink()})" if path.is_symlink() else ""
+        raise UserError(f"{path}{link} cannot be read: {error}; mend it, or take another "
+                        "--data-dir") from None
+    if shape != wanted:
+        raise UserError(f"{path} holds {shape}, expected {wanted}; take another --data-dir")
+    return torch.from_numpy(values.copy())
+
+
+def download(name: str, folder: Path) -> None:
+    """Fetch a dataset into a folder. UserError with the cause if that fails."""
+    dataset = getattr(datasets, name)
+    print(f"downloading {name} from {dataset.mirrors[0]} to {folder / name / 'raw'}", flush=True)
+    made = [path for path in [folder / name / "raw", folder / name, folder] if not path.exists()]
+    cause = "what is there is not in its format"
+    socket.setdefaulttimeout(20)  # seconds: a proxy may accept and never answer
+    try:
+        dataset(str(folder), download=True)
+    except Exception as error:  # no network, a full disk: torchvision raises many
+        cause = " ".join(f"{type(error).__name__}: {error}".split())
+    socket.setdefaulttimeout(None)
+    if not find_files(name, folder):
+        for path in made:  # leave no empty folders
+            if path.is_dir() and not any(path.iterdir()):
+                path.rmdir()
+        there = sorted(str(path.relative_to(folder)) for path in folder.glob("**/*"))[:6]
+        raise UserError(
+            f"no {name} in {folder}, and it cannot be downloaded ({cause}); looked for "
+            f"train-images-idx3-ubyte and three more, packed or not, in {name}/raw, {name}, raw "
+            f"and the folder itself; found: {', '.join(there) or 'nothing'}")
+
+
+def read_data(dataset: str, folder: Path) -> Data:
+    """MNIST or FashionMNIST from a folder, downloaded if none of its files is there."""
+    name = DATASETS[dataset]
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--data-dir {folder} is a file, not a folder")
+    if not find_files(name, folder):
+        download(name, folder)
+    files = find_files(name, folder)
+    for key, (stem, kind, _) in FILES.items():
+        if key not in files:
+            place = next(iter(files.values())).parent
+            raise UserError(f"{place} has no {stem}-{kind}-ubyte beside {len(files)} other files "
+                            f"of {name}; add it, or take another --data-dir")
+    parts = {key: read_idx(path, FILES[key][2]) for key, path in files.items()}
+    return Data(dataset, parts["x_train"][:, None].float() / 255, parts["y_train"].long(),
+                parts["x_test"][:, None].float() / 255, parts["y_test"].long())
+
+
 def load_data(dataset: str | None, data_dir: str) -> Data:
     """The named dataset; where neither it nor a folder is named, MNIST or else glyphs.
 
@@ -193,23 +303,13 @@ def load_data(dataset: str | None, data_dir: str) -> Data:
     """
     if dataset == "glyphs":
         return glyphs()
-    name = DATASETS[dataset or "mnist"]
-    dataset_class = getattr(datasets, name)
     try:
-        parts = [dataset_class(data_dir, train=train, download=True) for train in (True, False)]
-        for part, n in zip(parts, [60_000, 10_000], strict=True):
-            if part.data.shape != (n, 28, 28) or part.targets.shape != (n,):
-                raise ValueError(f"{len(part.targets)} labels of images {tuple(part.data.shape)}")
-    except Exception as error:  # no network, a full disk, a foreign file: torchvision raises many
-        cause = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        message = (f"no {name} in {data_dir}, and it cannot be downloaded ({cause}); expected: "
-                   f"torchvision's four files in {Path(data_dir, name, 'raw')}")
+        return read_data(dataset or "mnist", Path(data_dir).expanduser())
+    except UserError as error:
         if dataset or data_dir != "data":
-            raise UserError(message) from None
-        print(f"warning: {message}; using the built-in glyphs", file=sys.stderr)
+            raise
+        print(f"warning: {error}; using the built-in glyphs", file=sys.stderr)
         return glyphs()
-    x_train, x_test = (part.data[:, None].float() / 255 for part in parts)
-    return Data(dataset or "mnist", x_train, parts[0].targets, x_test, parts[1].targets)
 
 
 def split(data: Data, config: dict, n_val: int = 5000) -> dict[str, Tensor]:
@@ -334,6 +434,8 @@ def load_classifier(data: Data, device: torch.device) -> MetricClassifier:
     """
     path = HERE / f"results/classifiers/{data.name}.pt"
     if not path.is_file():
+        save(path.with_suffix(".txt"), "training\n")  # can it be kept? better known before
+        path.with_suffix(".txt").unlink()
         print(f"no {path}: training it, a minute or two on two cores", flush=True)
         model = train_classifier(data.x_train, data.y_train, device, "classifier", data.name,
                                  steps=8 * (len(data.x_train) // 128),  # eight epochs
@@ -345,6 +447,10 @@ def load_classifier(data: Data, device: torch.device) -> MetricClassifier:
     model.sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     model.test_features, model.test_probs = model.predict(data.x_test)
     model.accuracy = (model.test_probs.argmax(1) == data.y_test).double().mean().item()
+    if model.accuracy < 0.8:
+        raise UserError(f"these images are not {DATASETS[data.name]}: its classifier, right for "
+                        f"nine in ten and more, is right for {100 * model.accuracy:.0f} % of "
+                        "them; take another --data-dir")
     return model
 
 
@@ -605,7 +711,7 @@ def run_all(configs: list[dict], root: Path, variant, args, device: torch.device
     variant(config) names the folder. A run that diverges does not stop the others; report(root)
     comes last. Raises UserError if a run diverged.
     """
-    made = environment(device)  # before training: the commit that is run
+    made = environment(device, args.command)  # before training: the commit that is run
     results, diverged = {}, []
     for i, config in enumerate(configs):
         run = Run(root / variant(config) / f"seed_{config['seed']}", config, args.fresh,
@@ -617,8 +723,13 @@ def run_all(configs: list[dict], root: Path, variant, args, device: torch.device
             results[run.name] = load_json(file)
             continue
         try:
-            results[run.name] = {**train_and_measure(run), "environment": made}
-            save(file, results[run.name])
+            metrics = {**train_and_measure(run), "environment": made}
+            for key, value in flat(metrics).items():
+                if not math.isfinite(value):
+                    raise Diverged(f"{run.name} has collapsed: {key} is {value}; try a lower --lr "
+                                   "with --fresh")
+            save(file, metrics)
+            results[run.name] = metrics
         except Diverged as error:
             print(f"warning: {error}", flush=True)
             diverged.append(run.name)
@@ -651,7 +762,9 @@ def save(path: Path, content) -> None:
     temporary = path.with_name(f".{os.getpid()}-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        if isinstance(content, str):  # surrogates: of a path that the locale cannot spell
+            content = content.encode("utf-8", "surrogateescape")
+        temporary.write_bytes(content)
         os.replace(temporary, path)
     except OSError as error:
         if temporary.exists():
@@ -664,7 +777,7 @@ def load_json(path: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def environment(device: torch.device) -> dict:
+def environment(device: torch.device, command: str) -> dict:
     """Where and how numbers were made: with the seconds all that may differ between equal runs."""
     name, commit = platform.processor(), "unknown"
     if device.type == "cuda":
@@ -676,17 +789,26 @@ def environment(device: torch.device) -> dict:
         git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, text=True,
                              capture_output=True)
         commit = git.stdout.strip() or commit
-    return {"command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]), "commit": commit,
+    return {"command": command, "commit": commit,
             "device": f"{device.type}: {name}", "threads": torch.get_num_threads(),
             "torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}
 
 
 def finished_runs(root: Path) -> list[dict]:
-    """The config, metrics and folder of every finished run below root. UserError if none is."""
-    runs = []
+    """The config, metrics and folder of every finished run below root. UserError if none is.
+
+    A run is what its config says: a copy of its folder is no second run.
+    """
+    runs, configs = [], []
     for file in sorted(root.glob("*/*/final_metrics.json")):
-        runs.append({"config": load_json(file.with_name("config.json")),
-                     "metrics": load_json(file), "folder": file.parent})
+        config = load_json(file.with_name("config.json"))
+        if "precision" not in config:
+            print(f"warning: {file.parent} is of an older version, left out", flush=True)
+        elif config in configs:
+            print(f"warning: {file.parent} is a copy of another run, left out", flush=True)
+        else:
+            configs.append(config)
+            runs.append({"config": config, "metrics": load_json(file), "folder": file.parent})
     if not runs:
         raise UserError(f"no finished run in {root}; train first, or name another --dataset")
     classifiers = {run["metrics"]["classifier"]["sha256"]: run["folder"] for run in runs}
@@ -917,13 +1039,14 @@ def plot_codes(path: Path, codes: np.ndarray, labels: np.ndarray, title: str) ->
         axes.violinplot([codes[labels == label, 0] for label in range(10)], range(10), widths=0.9)
         axes.set(xticks=range(10), xlabel="class", ylabel="z")
     else:
-        if codes.shape[1] > 2:
+        if codes.shape[1] > 2 and np.ptp(codes, axis=0).max() > 1e-6:  # not all the same
             from sklearn.manifold import TSNE  # takes a second
             print("t-SNE of 1,000 codes ...", flush=True)
             codes, labels = codes[:1000].astype(np.float64), labels[:1000]
-            codes = TSNE(random_state=0).fit_transform(codes)
+            perplexity = min(30, (len(codes) - 1) / 3)
+            codes = TSNE(random_state=0, perplexity=perplexity).fit_transform(codes)
             axes.set(xticks=[], yticks=[], xlabel="t-SNE")
-        points = axes.scatter(*codes.T, c=labels, cmap="tab10", s=3, alpha=0.6)
+        points = axes.scatter(*codes[:, :2].T, c=labels, cmap="tab10", s=3, alpha=0.6)
         axes.legend(*points.legend_elements(), loc="center left", bbox_to_anchor=(1, 0.5))
         axes.set_aspect("equal")
     save_figure(path, figure)

@@ -44,7 +44,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
@@ -70,7 +69,8 @@ SLACK = 1.05  # a hybrid may lose 5 % of its VAE's reconstruction on validation 
 
 
 def parse_args(argv=None):
-    parser = common.Parser(__doc__, epochs=EPOCHS, batch_size=BATCH_SIZE, lr=LEARNING_RATE)
+    parser = common.Parser("gan_vs_vae", __doc__, epochs=EPOCHS, batch_size=BATCH_SIZE,
+                           lr=LEARNING_RATE)
     flag, number = parser.add_argument, common.number
     flag("--model", choices=MODELS, nargs="+", default=MODELS,
          help="vae-gan: three stages of --epochs; tuned-gan: 3 x --epochs at 5 x --lr")
@@ -843,7 +843,7 @@ def loss_figure(path: Path, runs: list[dict], panels: list[tuple]) -> None:
     for run in runs:
         by_name.setdefault(name_of(run), []).append(run)
     datas = list(dict.fromkeys(name[0] for name in by_name))
-    figure = Figure(figsize=(5 * len(panels), 3.5 * len(datas)), layout="constrained")
+    figure = common.Figure(figsize=(5 * len(panels), 3.5 * len(datas)), layout="constrained")
     grid = figure.subplots(len(datas), len(panels), squeeze=False)
     for row, data in enumerate(datas):
         for axes, (title, model, columns, blind) in zip(grid[row], panels, strict=True):
@@ -867,7 +867,7 @@ def precision_recall(path: Path, table: dict) -> None:
     """Precision against recall, a point for each run, a panel for each dataset."""
     colors = {"GAN": "C0", "tuned GAN": "C3", "VAE": "C1", "VAE-GAN": "C2", "real": "k"}
     datas = list(dict.fromkeys(name[0] for name in table))
-    figure = Figure(figsize=(4.5 * len(datas), 4), layout="constrained")
+    figure = common.Figure(figsize=(4.5 * len(datas), 4), layout="constrained")
     grid = figure.subplots(1, len(datas), squeeze=False, sharex=True, sharey=True)[0]
     for axes, data in zip(grid, datas, strict=True):
         axes.set(title=data, xlabel="recall", ylabel="precision", xlim=(-0.02, 1.02))

@@ -46,8 +46,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib.colors import LogNorm
-from matplotlib.figure import Figure
 from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 from torch.autograd import forward_ad
@@ -69,7 +67,8 @@ LOSSES = ["loss", "reconstruction", "code", "distortion"]  # what the objective 
 
 
 def parse_args(argv=None):
-    parser = common.Parser(__doc__, epochs=EPOCHS, batch_size=BATCH_SIZE, lr=LEARNING_RATE)
+    parser = common.Parser("imbalance_study", __doc__, epochs=EPOCHS, batch_size=BATCH_SIZE,
+                           lr=LEARNING_RATE)
     flag, number = parser.add_argument, common.number
     flag("--model", choices=MODELS, nargs="+", default=MODELS, help="what to train")
     flag("--rare-digit", type=number(int, 0, 9), nargs="+", default=[9], help="the class made rare")
@@ -684,7 +683,7 @@ def additions(arm: str, x: Tensor, y: Tensor, z: Tensor, decode,
     return decode(codes), y[source]
 
 
-def downstream(folder: Path, config: dict, data: common.Data, steps: int,
+def downstream(folder: Path, config: dict, data: common.Data, args,
                device: torch.device) -> None:
     """downstream.json of a finished run: the test scores of classifiers with and without additions.
 
@@ -694,7 +693,7 @@ def downstream(folder: Path, config: dict, data: common.Data, steps: int,
     from scipy.stats import gmean
     from sklearn.metrics import f1_score, recall_score
 
-    file = folder / "downstream.json"
+    file, steps = folder / "downstream.json", args.downstream_steps
     if file.exists() and common.load_json(file)["steps"] == steps:
         return
     indices = split(data, config)["train"]
@@ -708,7 +707,7 @@ def downstream(folder: Path, config: dict, data: common.Data, steps: int,
         return common.in_chunks(lambda z: model.decode(z, temperature), codes, device)
 
     z = common.in_chunks(lambda images: model.encode(images)[0], x, device)
-    result = {"steps": steps, "arms": {}, "environment": common.environment(device)}
+    result = {"steps": steps, "arms": {}, "environment": common.environment(device, args.command)}
     for arm in ARMS:
         if arm == "smote" and config["model"] != "ae":
             continue  # a baseline: between the codes of the plain autoencoder
@@ -872,7 +871,9 @@ def answer(table: dict, rare: str, is_source: bool) -> list[str]:
 
 def lift_map(path: Path, lifts: np.ndarray, row_labels, column_labels, title: str) -> None:
     """Lifts (rows, columns) in coloured cells: blue below 1, red above, white where faithful."""
-    figure = Figure(figsize=(1 + 0.7 * lifts.shape[1], 1 + 0.35 * lifts.shape[0]))
+    from matplotlib.colors import LogNorm
+
+    figure = common.Figure(figsize=(1 + 0.7 * lifts.shape[1], 1 + 0.35 * lifts.shape[0]))
     axes = figure.subplots()
     axes.imshow(lifts.clip(0.1, 10), cmap="RdBu_r", norm=LogNorm(0.1, 10), aspect="auto", alpha=0.5)
     for (row, column), lift in np.ndenumerate(lifts):
@@ -992,7 +993,7 @@ def main(argv=None) -> dict:
         for config in configs:
             folder = root / variant(config) / f"seed_{config['seed']}"
             if args.downstream and (folder / "final_metrics.json").exists():
-                downstream(folder, config, data, args.downstream_steps, device)
+                downstream(folder, config, data, args, device)
         report(root)
 
     return common.run_all(configs, root, variant, args, device, train_and_measure, finish)

@@ -37,7 +37,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib.image import imread
 from torch import Tensor, nn
 from torchvision.utils import save_image
 
@@ -54,7 +53,7 @@ FRACTIONS = torch.linspace(0, 1, 11)  # of the way from one image to the other
 
 
 def parse_args(argv=None):
-    parser = common.Parser(__doc__, epochs=EPOCHS, batch_size=BATCH_SIZE, lr=[1e-3])
+    parser = common.Parser("vae_mnist", __doc__, epochs=EPOCHS, batch_size=BATCH_SIZE, lr=[1e-3])
     flag, number = parser.add_argument, common.number
     flag("--arch", choices=["mlp", "conv"], default="mlp", help="conv is a small residual net")
     flag("--hidden", type=number(int, 1), nargs="+", default=[500],
@@ -386,7 +385,8 @@ def estimate_likelihood(model: VAE, x: Tensor, d: int, negative_elbo: float) -> 
     if d <= 2:
         # a grid beyond every posterior, as fine as the narrowest
         sigma = (0.5 * logvar).exp()
-        reach = max(8.0, (mu.abs() + 8 * sigma).max().item())
+        sigma = sigma.clamp(min=1e-6)  # of a net that has collapsed
+        reach = min(max(8.0, (mu.abs() + 8 * sigma).max().item()), 1e6)
         steps = min(math.ceil(2 * reach / sigma.min().item()), 10_000 if d == 1 else 800)
         exact, checks = quadrature(model.to_logits, x.flatten(1), d, reach, 2 * steps + 1)
         metrics |= checks
@@ -616,6 +616,8 @@ def pictures(root: Path, table: dict, runs: list[dict]) -> list[str]:
     for run in runs:
         if (run["folder"] / "samples.png").exists():
             folders.setdefault(row_name(run["config"]), run["folder"])
+    from matplotlib.image import imread
+
     strips = []
     for folder in folders.values():  # its first row of samples, (28, 20 * 28), drawn twice as large
         pixels = 1 - imread(folder / "samples.png")[4 * 28:6 * 28:2, ::2, 0]
