@@ -1,5 +1,6 @@
 """Fixtures: real MNIST where MNIST_DATA_DIR names it, glyphs otherwise; the metric classifier."""
 
+import functools
 import json
 import os
 import subprocess
@@ -23,11 +24,12 @@ def known_noise():
 
 @pytest.fixture
 def few_test_images(monkeypatch):
-    """Whole runs load 1,000 of the 10,000 test images, to be quick."""
+    """Whole runs load 1,000 of the 10,000 test images and validate on 500, to be quick."""
     def fewer(*a, real=common.load_data):
         data = real(*a)
         return data._replace(x_test=data.x_test[:1000], y_test=data.y_test[:1000])
     monkeypatch.setattr(common, "load_data", fewer)
+    monkeypatch.setattr(common, "split", functools.partial(common.split, n_val=500))
 
 
 @pytest.fixture(scope="session")

@@ -26,6 +26,8 @@ def few_steps(request, monkeypatch, few_test_images):
     """Whole runs need not infer well."""
     if "tmp_path" in request.fixturenames:
         monkeypatch.setattr(study, "INFERENCE_STEPS", 40)
+        monkeypatch.setattr(study, "N_VAL", 200)
+        monkeypatch.setattr(study, "SUPERVISED_EPOCHS", 1)
 
 
 def proposal(decoder, x, mu, **options):
