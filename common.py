@@ -580,7 +580,7 @@ def importance_sampling(log_px, mean: Tensor, factor: Tensor, k: int, prior: flo
 class Run:
     """One training run on disk: its folder, resume and log. The training stays in the script.
 
-    In this order: restore, for each of epochs() the batches() and log, load_best. config has
+    In this order: restore, in each of epochs() batches() and log, load_best, finish. config has
     "seed", "epochs" and "batch_size", and identifies the run. A large state may be saved every
     `save_every` epochs. Raises UserError if the folder holds a run of another configuration.
     """
@@ -591,6 +591,7 @@ class Run:
         self.name = "/".join(folder.parts[-2:])
         self.history, self.best, self.best_epoch = [], None, 0
         self.epochs_to_come = 0  # of the runs after this one
+        self.environment = {}
         if fresh:
             shutil.rmtree(folder, ignore_errors=True)  # what cannot be deleted is seen by save
         file = folder / "config.json"
@@ -685,6 +686,20 @@ class Run:
             save(self.folder / "checkpoint.pt", {"progress": done, **states})
 
 
+    def finish(self, metrics: dict) -> dict:
+        """Write final_metrics.json: before any picture is drawn. Returns what it holds.
+
+        Raises Diverged if a number is not finite: the model has collapsed.
+        """
+        metrics = {**metrics, "environment": self.environment}
+        for key, value in flat(metrics).items():
+            if not math.isfinite(value):
+                raise Diverged(f"{self.name} has collapsed: {key} is {value}; try a lower --lr "
+                               "with --fresh")
+        save(self.folder / "final_metrics.json", metrics)
+        return metrics
+
+
 def begin(study: str, args, configurations) -> tuple[torch.device, Data, Path, list[dict]]:
     """Device, data, the study's folder and the configurations of this shard, as the flags say.
 
@@ -716,6 +731,7 @@ def run_all(configs: list[dict], root: Path, variant, args, device: torch.device
     for i, config in enumerate(configs):
         run = Run(root / variant(config) / f"seed_{config['seed']}", config, args.fresh,
                   tensorboard=args.tensorboard)
+        run.environment = made
         run.epochs_to_come = sum(other["epochs"] for other in configs[i + 1:])
         file = run.folder / "final_metrics.json"
         if file.exists():
@@ -723,13 +739,7 @@ def run_all(configs: list[dict], root: Path, variant, args, device: torch.device
             results[run.name] = load_json(file)
             continue
         try:
-            metrics = {**train_and_measure(run), "environment": made}
-            for key, value in flat(metrics).items():
-                if not math.isfinite(value):
-                    raise Diverged(f"{run.name} has collapsed: {key} is {value}; try a lower --lr "
-                                   "with --fresh")
-            save(file, metrics)
-            results[run.name] = metrics
+            results[run.name] = train_and_measure(run)
         except Diverged as error:
             print(f"warning: {error}", flush=True)
             diverged.append(run.name)

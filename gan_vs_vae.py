@@ -586,6 +586,7 @@ def evaluate(run: common.Run, nets: dict, best_epoch: int, x_train: Tensor, refe
     if "E" in nets:
         torch.manual_seed(common.seed_from(config["seed"], "test"))
         metrics["elbo"] = mean_elbo(nets, x_test.to(device))
+    metrics = run.finish(metrics)
     figures(run, nets, reference.data, device)
     return metrics
 

@@ -623,6 +623,7 @@ def evaluate(run: common.Run, model: Autoencoder, best_epoch: int, data: common.
         x = decode(codes)
         metrics["samplers"][sampler], called_rare = reference.score(x)
         samples[sampler], rare_samples[sampler] = x[:16], x[called_rare][:16]
+    metrics = run.finish(metrics)
     figures(run, z_val, y_val, samples, rare_samples, reference.x_train)
     return metrics
 

@@ -559,9 +559,7 @@ def evaluate(run: common.Run, trained: dict, histories: dict, x_shown: Tensor,
     is_right = supervised.predict(data.x_test)[1].argmax(1) == data.y_test
     train_features, _ = classifier.predict(data.x_train[:10_000])
     save_log_probabilities(run.folder, indices["test"], y, area, found)
-    log_probability_boxes(run.folder, found, y)
-    figures(run, histories, x_shown.cpu())
-    return {
+    metrics = run.finish({
         "n_test": len(x), "n_train": n_train, "codes": args.codes, "models": models,
         "supervised_accuracy": is_right.double().mean().item(),
         "supervised_accuracy_subset": is_right[indices["test"]].double().mean().item(),
@@ -571,7 +569,10 @@ def evaluate(run: common.Run, trained: dict, histories: dict, x_shown: Tensor,
                        "latents": trained["latent_opt"][1].table.numel()},
         "classifier": {"accuracy": classifier.accuracy, "sha256": classifier.sha256},
         "seconds_train": sum(model["seconds_train"] for model in models.values()),
-        "seconds_evaluation": time.perf_counter() - began}
+        "seconds_evaluation": time.perf_counter() - began})
+    log_probability_boxes(run.folder, found, y)
+    figures(run, histories, x_shown.cpu())
+    return metrics
 
 
 def save_log_probabilities(folder: Path, test: Tensor, y: Tensor, area: Tensor,

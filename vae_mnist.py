@@ -497,10 +497,11 @@ def evaluate(run: common.Run, model: VAE, best_epoch: int, data: common.Data, cl
     metrics["fid_floor"] = common.frechet_distance(train_features, classifier.test_features)
     metrics["interpolation"], paths = interpolate(data, mu, decode, classifier, grey)
     metrics["classifier"] = {"accuracy": classifier.accuracy, "sha256": classifier.sha256}
-    figures(run, data, x_test.cpu(), mu, samples, decode, paths)
     seconds = [row["seconds"] for row in run.history]
     metrics["seconds_per_epoch"] = float(np.median(seconds))
     metrics["seconds_train"] = sum(seconds)
+    metrics = run.finish(metrics)
+    figures(run, data, x_test.cpu(), mu, samples, decode, paths)
     return metrics
 
 

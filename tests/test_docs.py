@@ -98,40 +98,44 @@ def latent_table() -> str:
     return common.results_table(latent_rows(), latent_opt.NAMES[1:], latent_opt.COLUMNS)
 
 
-def summary_table() -> str:
-    """The README's first table: what each study found, beside what its source had."""
-    rows, (imbalance, rare) = [], imbalance_rows()
-    add = lambda study, what, *row: rows.append([f"{study}: {what}", *row])
-    for model, sampler, source in [("vae", "prior", "6"), ("ae", "prior", "0.1"),
-                                   ("ga-ae", "prior", "0.5"), ("ga-ae", "local", "0.5")]:
-        seeds = imbalance[rare, model, sampler]
-        add("imbalance", f"lift of the 9 at 2 %: {model}, {sampler} codes",
-            common.cell(seeds, "calibrated_lift", 2), len(seeds), "1",
-            f"{source}, expected")
-    kingma = vae_rows()["mlp 500", "20-D", "binarised", "ELBO", "adam 0.001"]
-    grey = vae_rows()["mlp 500", "64-D", "grey", "ELBO", "adam 0.001"]
-    floor = vae_rows()[vae_mnist.REAL][None]["negative_elbo"]
-    add("VAE", "−ELBO, 20 dimensions, 500 units, binarised, default rate (nats)",
-        common.cell(kingma, "negative_elbo", 2), len(kingma), "–",
-        "≈ 100, protocol not stated")
-    add("VAE", "validation loss, 64 dimensions, 500 units, grey (nats)",
-        common.cell(grey, "validation.loss", 2), len(grey), f"{floor:.2f}, of test images",
-        "100.35")
-    source = {("MNIST", "GAN"): 0.03, ("MNIST", "VAE"): 0.25, ("FashionMNIST", "GAN"): 0.06,
-              ("FashionMNIST", "VAE"): 0.78}
+def cite_table() -> str:
+    """The numbers to cite, each with the command that makes it."""
+    lines = [["what", "value", "floor", "n", "epochs", "weights", "command"]]
+
+    def add(what: str, seeds: dict, key: str, digits: int, floor: str, run: dict, command: str):
+        metrics = run["metrics"]
+        weights = metrics.get("parameters", "–")
+        if isinstance(weights, dict):  # of what draws samples
+            weights = weights.get("G") or weights["decoder"] + weights["encoder"]
+        lines.append([what, common.cell(seeds, key, digits), floor, str(len(seeds)),
+                      str(run["config"]["epochs"]), str(weights), f"`{command} --seeds 0 1 2`"])
+
+    vae_runs = common.finished_runs(ROOT / "results/published/vae_mnist/mnist")
+    for name, flags in [
+            (("mlp 500", "20-D", "binarised", "ELBO", "adam 0.001"), ""),
+            (("mlp 200-200", "50-D", "binarised", "IWAE 5", "adam 0.001"),
+             " --hidden 200 200 --latent-dim 50 --objective iwae"),
+            (("conv", "50-D", "binarised", "ELBO", "adam 0.001"),
+             " --arch conv --latent-dim 50 --likelihood-images 250")]:
+        run = next(run for run in vae_runs if vae_mnist.row_name(run["config"]) == name)
+        for title, key in [("NLL", "likelihood.nll"), ("−ELBO", "negative_elbo")]:
+            if title == "NLL" or not flags:
+                add(f"{title}, {name[0]}, {name[1]}, {name[3]}", vae_rows()[name], key, 2, "–",
+                    run, f"vae_mnist.py{flags}")
+    gan_runs = gan_vs_vae.all_runs(ROOT / "results/published/gan_vs_vae")
     for name, seeds in best_gans().items():
-        data, kind = name[0].removesuffix(" bfloat16"), gan_vs_vae.kind(name)
-        if (data, kind) in source:
-            add("GAN against VAE", f"FID of the best {kind}, {data}",
-                common.cell(seeds, "fid", 2), len(seeds), common.cell(seeds, "floor", 3),
-                f"{source[data, kind]:g}, other features")
-    vae = latent_rows()["amortised VAE", "test"]
-    add("latent optimisation", "amortisation gap of the encoder (nats)",
-        common.cell(vae, "start_gap", 2), len(vae), "0", "–")
-    add("latent optimisation", "approximation gap of a diagonal Gaussian (nats)",
-        common.cell(vae, "approximation_gap", 2), len(vae), "0", "–")
-    lines = [["study: what", "here", "n", "ideal or floor", "source"]]
-    return common.markdown_table(lines + [list(map(str, row)) for row in rows], 1)
+        if name[1] == "GAN tuned":
+            run = next(run for run in gan_runs if gan_vs_vae.name_of(run) == name)
+            dataset = run["config"]["dataset"]
+            add(f"FID, tuned GAN, {common.DATASETS[dataset]}", seeds, "fid", 2,
+                common.cell(seeds, "floor", 3), run,
+                f"gan_vs_vae.py --model tuned-gan --dataset {dataset} --precision bfloat16")
+    run = common.finished_runs(ROOT / "results/published/latent_opt/mnist")[0]
+    for title, key in [("amortisation gap", "start_gap"),
+                       ("approximation gap", "approximation_gap")]:
+        add(title, latent_rows()["amortised VAE", "test"], key, 2, "0", run,
+            "latent_opt.py --codes 5000")
+    return common.markdown_table(lines, 1)
 
 
 def expect(found: str, runs: list) -> str:
@@ -202,7 +206,7 @@ def commands(root) -> str:
     return common.markdown_table(lines, 7)
 
 
-TABLES = {"summary": summary_table, "imbalance": imbalance_table, "vae": vae_table,
+TABLES = {"cite": cite_table, "imbalance": imbalance_table, "vae": vae_table,
           "latent": latent_table, "gan": gan_table}
 EXPECT = {"imbalance_study.py": imbalance_expect, "vae_mnist.py": vae_expect,
           "latent_opt.py": latent_expect, "gan_vs_vae.py": gan_expect}
