@@ -178,12 +178,10 @@ def latent_expect() -> str:
 
 
 def results_readme() -> str:
-    """results/README.md: how every published number was made."""
-    parts = ["# Published results\n\nMade by `python tests/test_docs.py` from the JSON files. "
-             "Every run is a folder with its configuration, its metrics and its curves, for seed 0 "
-             "pictures too; weights are not kept. A row is what one command made, shown without "
-             "--seeds: with its seeds, at its commit and number of threads it gives the same "
-             "numbers on the same kind of CPU. The reports name what was measured later.",
+    """results/README.md: a row for every published variant."""
+    parts = ["# Published results\n\nMade by `python tests/test_docs.py` from the JSON files. Every "
+             "run is a folder with its configuration, its metrics and its curves, of seed 0 "
+             "pictures too. Weights are not kept.",
              "`classifiers/` holds the weights of the metric classifiers, one for each dataset."]
     published = ROOT / "results/published"
     for root in sorted(file.parent for file in published.rglob("report.md")):
@@ -191,19 +189,40 @@ def results_readme() -> str:
         folders = [root]
         if root.name == "gan_vs_vae":  # one report of two datasets
             folders = sorted(folder for folder in root.iterdir() if folder.is_dir())
-        parts += [f"## [{where}]({where}/report.md)", *map(commands, folders)]
+        parts += [f"## [{where}]({where}/report.md)", *map(variants, folders)]
     return "\n\n".join(parts) + "\n"
 
 
-def commands(root) -> str:
-    """Which command made which run."""
-    lines = [["run", "precision", "command", "commit", "device", "threads", "torch", "minutes"]]
+HEADLINES = [("NLL", "likelihood.nll", 2), ("−ELBO", "negative_elbo", 2),
+             ("lift, local codes", "samplers.local.calibrated_lift", 2), ("FID", "fid", 2),
+             ("log p(x), amortised", "models.vae.gaps.test.log_px.mean", 2)]
+
+
+def variants(root) -> str:
+    """Which command made which variant, and one number of it."""
+    groups = {}
     for run in common.finished_runs(root):
-        made, minutes = run["metrics"]["environment"], run["metrics"]["seconds_train"] / 60
-        lines.append(["/".join(run["folder"].parts[-2:]), run["config"]["precision"],
-                      f"`{made['command']}`", made["commit"], made["device"],
-                      str(made["threads"]), made["torch"], f"{minutes:.1f}"])
-    return common.markdown_table(lines, 7)
+        groups.setdefault(run["folder"].parent.name, []).append(run)
+    lines = [["variant", "n", "headline", "command", "commits", "minutes a run"]]
+    for name, runs in groups.items():
+        seeds = {run["config"]["seed"]: common.flat(run["metrics"]) for run in runs}
+        grey = runs[0]["config"].get("binarize") == "none"  # whose log p(x) is no likelihood
+        title, key, digits = next(
+            (title, key, digits) for title, key, digits in HEADLINES
+            if key in seeds[min(seeds)] and not (grey and title == "NLL"))
+        command = re.sub(r" --(seeds( \d+)+|fresh|out-dir \S+|shard \S+)| pullback", "",
+                         runs[0]["metrics"]["environment"]["command"])
+        if runs[0]["config"]["precision"] == "bfloat16" and "--precision" not in command:
+            command += " --precision bfloat16"
+        minutes = [run["metrics"]["seconds_train"] / 60 for run in runs]
+        commits = sorted({run["metrics"]["environment"]["commit"] for run in runs})
+        lines.append([name, str(len(runs)), f"{title} {common.cell(seeds, key, digits)}",
+                      f"`{command} --seeds {' '.join(map(str, sorted(seeds)))}`",
+                      ", ".join(commits), f"{np.mean(minutes):.0f}"])
+    made = [run["metrics"]["environment"] for runs in groups.values() for run in runs]
+    where = "; ".join(f"{key}: {', '.join(sorted({str(one[key]) for one in made}))}"
+                      for key in ["device", "threads", "torch"])
+    return f"{where}.\n\n{common.markdown_table(lines, 6)}"
 
 
 TABLES = {"cite": cite_table, "imbalance": imbalance_table, "vae": vae_table,
