@@ -179,8 +179,8 @@ def latent_expect() -> str:
 
 def results_readme() -> str:
     """results/README.md: a row for every published variant."""
-    parts = ["# Published results\n\nMade by `python tests/test_docs.py` from the JSON files. Every "
-             "run is a folder with its configuration, its metrics and its curves, of seed 0 "
+    parts = ["# Published results\n\nMade by `python tests/test_docs.py` from the JSON files. "
+             "Every run is a folder with its configuration, its metrics and its curves, of seed 0 "
              "pictures too. Weights are not kept.",
              "`classifiers/` holds the weights of the metric classifiers, one for each dataset."]
     published = ROOT / "results/published"
