@@ -955,7 +955,7 @@ def how_made(runs: list[dict]) -> str:
     minutes = [run["metrics"]["seconds_train"] / 60 for run in runs]
     commands = set()
     for one in made:
-        command = re.sub(r" --(seeds( \d+)+|fresh)", "", one["command"])
+        command = re.sub(r" --(seeds( \d+)+|fresh|shard \S+)| pullback", "", one["command"])
         if one["precision"] == "bfloat16" and "--precision" not in command:
             command += " --precision bfloat16"  # the first version chose it by the processor
         commands.add(command)

@@ -13,7 +13,7 @@ dataset: FID, precision, recall, coverage, missing classes, copying.
 Writes results/gan_vs_vae/<dataset>/<run>/seed_<s>/ (weights, metrics, pictures) and, from every
 finished run, results/gan_vs_vae/report.md.
 
-Expect: MNIST_GAN_bce_z32 FID 1.01 ± 0.11 (floor 0.07), recall 0.89 ± 0.01 (n=3);
+Expect: MNIST bfloat16, GAN bce, z 32: FID 1.01 ± 0.11 (floor 0.07), recall 0.89 ± 0.01 (n=3);
 9 min to train a run; cpu: AMD EPYC, torch 2.15.0+cu132.
 
 Differences from the source lab:
