@@ -3,6 +3,7 @@
     pytest tests/test_common.py
 """
 
+import gzip
 import math
 
 import numpy as np
@@ -193,27 +194,103 @@ def write_idx(path, *shape):
     path.write_bytes(header + bytes(math.prod(shape)))
 
 
-def test_foreign_data_files_are_refused_with_what_was_found(tmp_path):
-    raw = tmp_path / "MNIST/raw"
-    raw.mkdir(parents=True)
-    for name, n in [("train", 60_000), ("t10k", 10_000)]:
-        write_idx(raw / f"{name}-images-idx3-ubyte", n, 28, 28)
-        write_idx(raw / f"{name}-labels-idx1-ubyte", n)
-    assert len(common.load_data("mnist", str(tmp_path)).x_test) == 10_000
-    write_idx(raw / "train-images-idx3-ubyte", 100, 56, 28)
-    with pytest.raises(common.UserError, match=r"60000 labels of images \(100, 56, 28\)"):
-        common.load_data("mnist", str(tmp_path))
-    (raw / "train-images-idx3-ubyte").write_bytes(b"<html>sign in</html>")
-    with pytest.raises(common.UserError, match="expected: torchvision's four files"):
-        common.load_data(None, str(tmp_path))
+def planted(folder, ending="-{}-ubyte"):
+    """Files of zeros with MNIST's names and shapes."""
+    folder.mkdir(parents=True)
+    for stem, kind, shape in common.FILES.values():
+        write_idx(folder / (stem + ending.format(kind)), *shape)
+    return folder
 
 
-def test_only_where_nothing_is_named_glyphs_take_mnists_place(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(("place", "ending"), [
+    ("MNIST/raw", "-{}-ubyte"), ("MNIST", "-{}-ubyte"), ("raw", "-{}-ubyte"),
+    (".", ".{}-ubyte"), ("MNIST/raw", "-{}-ubyte.gz")])
+def test_files_are_found_where_torchvision_or_a_user_left_them(tmp_path, place, ending):
+    raw = planted(tmp_path / "data" / place, ending.removesuffix(".gz"))
+    if ending.endswith(".gz"):
+        for file in list(raw.iterdir()):
+            file.with_name(file.name + ".gz").write_bytes(gzip.compress(file.read_bytes(), 1))
+            file.unlink()
+    (tmp_path / "data/MNIST/processed").mkdir(parents=True)
+    (tmp_path / "data/MNIST/processed/training.pt").write_text("half")  # is never loaded
+    data = common.load_data("mnist", str(tmp_path / "data"))
+    assert data.x_train.shape == (60_000, 1, 28, 28) and data.y_test.shape == (10_000,)
+
+
+@pytest.fixture
+def no_network(monkeypatch):
     def full(*a, **k):
         raise OSError(28, "No space left on device")
+    full.mirrors = ["https://example.org/"]
     monkeypatch.setattr(common.datasets, "MNIST", full)
+
+
+def test_foreign_data_is_refused_with_what_was_found(tmp_path, no_network, monkeypatch):
+    raw = planted(tmp_path / "tall/MNIST/raw")
+    write_idx(raw / "train-images-idx3-ubyte", 100, 56, 28)
+    with pytest.raises(common.UserError, match=r"holds \(100, 56, 28\), expected"):
+        common.load_data("mnist", str(tmp_path / "tall"))
+    (raw / "train-images-idx3-ubyte").write_bytes(b"<html>sign in</html>")
+    with pytest.raises(common.UserError, match="cannot be read"):
+        common.load_data(None, str(tmp_path / "tall"))
+    (raw / "train-images-idx3-ubyte").unlink()
+    with pytest.raises(common.UserError, match=r"has no train-images-idx3-ubyte beside 3 other"):
+        common.load_data("mnist", str(tmp_path / "tall"))
+    (raw / "train-images-idx3-ubyte").symlink_to("/nowhere")
+    with pytest.raises(common.UserError, match=r"a link to /nowhere"):
+        common.load_data("mnist", str(tmp_path / "tall"))
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(common.UserError, match="is a file"):
+        common.load_data(None, str(tmp_path / "file"))
+    (tmp_path / "old/MNIST/processed").mkdir(parents=True)
+    (tmp_path / "old/MNIST/processed/test.pt").write_text("old")
+    with pytest.raises(common.UserError, match=r"looked for .* found: .*processed/test\.pt"):
+        common.load_data("mnist", str(tmp_path / "old"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    planted(tmp_path / "good")
+    assert common.load_data("mnist", "~/good").name == "mnist"
+
+
+def test_only_where_nothing_is_named_glyphs_take_mnists_place(tmp_path, no_network, monkeypatch,
+                                                             capsys):
+    monkeypatch.chdir(tmp_path)
     assert common.load_data(None, "data").name == "glyphs"
     assert "No space left on device" in capsys.readouterr().err  # the true cause
-    for dataset, folder in [("mnist", "data"), (None, str(tmp_path))]:
+    for dataset, folder in [("mnist", "data"), (None, str(tmp_path / "empty"))]:
         with pytest.raises(common.UserError, match="No space left on device"):
             common.load_data(dataset, folder)
+    assert not list(tmp_path.iterdir())  # no empty folders are left
+
+
+def test_another_dataset_under_mnists_name_is_refused(data):
+    shifted = data._replace(y_test=(data.y_test + 1) % 10)
+    with pytest.raises(common.UserError, match="are not"):
+        common.load_classifier(shifted, torch.device("cpu"))
+
+
+# -------------------------------------------------------------------------------- finished runs
+
+
+def test_copies_old_runs_and_two_classifiers_are_not_averaged(tmp_path, capsys):
+    def run(name, seed, sha="a", **config):
+        config = {"seed": seed, "precision": "float32", **config}
+        common.save(tmp_path / name / "config.json", config)
+        common.save(tmp_path / name / "final_metrics.json", {"classifier": {"sha256": sha}})
+    run("net/seed_0", 0)
+    run("net/seed_0_backup", 0)
+    common.save(tmp_path / "old/seed_0/config.json", {"seed": 0})
+    common.save(tmp_path / "old/seed_0/final_metrics.json", {})
+    assert len(common.finished_runs(tmp_path)) == 1
+    said = capsys.readouterr().out
+    assert "seed_0_backup is a copy" in said and "old/seed_0 is of an older version" in said
+    run("net/seed_1", 1, sha="b")
+    with pytest.raises(common.UserError, match="two metric classifiers"):
+        common.finished_runs(tmp_path)
+
+
+def test_metrics_that_are_not_finite_are_not_kept(tmp_path):
+    run = common.Run(tmp_path / "run/seed_3", CONFIG)
+    with pytest.raises(common.Diverged, match="fid is nan"):
+        run.finish({"fid": math.nan})
+    assert not (run.folder / "final_metrics.json").exists()
+    assert run.finish({"fid": 1.0})["fid"] == 1
