@@ -24,11 +24,16 @@ def known_noise():
 
 @pytest.fixture
 def few_test_images(monkeypatch):
-    """Whole runs load 1,000 of the 10,000 test images and validate on 500, to be quick."""
+    """Whole runs load 1,000 of the 10,000 test images, to be quick."""
     def fewer(*a, real=common.load_data):
         data = real(*a)
         return data._replace(x_test=data.x_test[:1000], y_test=data.y_test[:1000])
     monkeypatch.setattr(common, "load_data", fewer)
+
+
+@pytest.fixture
+def small_sets(monkeypatch, few_test_images):
+    """Besides, 500 validation images: not where a process continues what was begun in this one."""
     monkeypatch.setattr(common, "split", functools.partial(common.split, n_val=500))
 
 

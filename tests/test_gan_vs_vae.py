@@ -259,7 +259,7 @@ def test_the_floor_and_planted_collapse(data, classifier):
 # --------------------------------------------------------------------------------------------- runs
 
 
-def test_runs_end_to_end_and_the_report_is_made_of_files(tmp_path, few_test_images):
+def test_runs_end_to_end_and_the_report_is_made_of_files(tmp_path, small_sets):
     argv = [*SMOKE, "--z-dim", "8", "--loss", "hinge", "--latent-dim", "4", "--out-dir",
             str(tmp_path)]
     metrics = study.main(argv)
@@ -285,7 +285,7 @@ def test_runs_end_to_end_and_the_report_is_made_of_files(tmp_path, few_test_imag
 
 
 @pytest.mark.parametrize("model", ["vae-gan", "tuned-gan"])
-def test_an_interrupted_run_continues_bitwise(tmp_path, model, few_test_images):
+def test_an_interrupted_run_continues_bitwise(tmp_path, model, small_sets):
     argv = [*SMOKE, "--train-size", "100", "--model", model, "--latent-dim", "4", "--out-dir"]
     study.main([*argv, str(tmp_path / "whole")])
     interrupt_after_epoch(2, lambda: study.main([*argv, str(tmp_path / "parts")]))
