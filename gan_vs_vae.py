@@ -299,9 +299,9 @@ def autocast(x: Tensor, config: dict):
     return torch.autocast(x.device.type, torch.bfloat16, enabled=config["precision"] == "bfloat16")
 
 
-@torch.compiler.disable  # it is fast already, and its optimisers change their state
+@torch.compiler.disable  # only the forward passes are compiled
 def update(optimizers: list[torch.optim.Optimizer], loss: Tensor) -> None:
-    """A step of Adam down the loss, of the networks that these optimisers hold and no others."""
+    """A step of Adam down the loss, of the networks of these optimisers alone."""
     weights = []
     for optimizer in optimizers:
         optimizer.zero_grad()
