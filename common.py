@@ -447,6 +447,7 @@ def load_classifier(data: Data, device: torch.device) -> MetricClassifier:
     model.sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     model.test_features, model.test_probs = model.predict(data.x_test)
     model.accuracy = (model.test_probs.argmax(1) == data.y_test).double().mean().item()
+    model.identity = {"accuracy": model.accuracy, "sha256": model.sha256}
     if model.accuracy < 0.8:
         raise UserError(f"these images are not {DATASETS[data.name]}: its classifier, right for "
                         f"nine in ten and more, is right for {100 * model.accuracy:.0f} % of "
@@ -471,6 +472,24 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     cross = torch.linalg.eigvalsh(root_a @ cov_b @ root_a).clamp(min=0).sqrt().sum()
     means = (a.mean(0) - b.mean(0)).square().sum()
     return float(means + cov_a.trace() + cov_b.trace() - 2 * cross)
+
+
+def distances(a: Tensor, b: Tensor) -> Tensor:
+    """All distances between vectors a (N, D) and b (M, D), (N, M), float64.
+
+    Exact: by products of matrices, as torch would take them, small ones would cancel.
+    """
+    return torch.cdist(a.double(), b.double(), compute_mode="donot_use_mm_for_euclid_dist")
+
+
+def pixel_entropy(x: Tensor) -> float:
+    """The entropy of the pixels of grey images (N, 1, 28, 28), nats per image.
+
+    No model of grey pixels has a Bernoulli cross-entropy below it.
+    """
+    p = x.double()
+    entropy = torch.special.entr(p) + torch.special.entr(1 - p)
+    return entropy.sum().item() / len(x)
 
 
 def nearest(x: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
@@ -685,6 +704,10 @@ class Run:
             done = self.history, self.best, self.best_epoch
             save(self.folder / "checkpoint.pt", {"progress": done, **states})
 
+    def timing(self) -> dict[str, float]:
+        """Seconds of training, validation included: of all epochs, and the median of an epoch."""
+        seconds = [row["seconds"] for row in self.history]
+        return {"seconds_train": sum(seconds), "seconds_per_epoch": float(np.median(seconds))}
 
     def finish(self, metrics: dict) -> dict:
         """Write final_metrics.json: before any picture is drawn. Returns what it holds.
@@ -720,12 +743,21 @@ def announce(root: Path, configs: list[dict], data: str, device: torch.device) -
 
 
 def run_all(configs: list[dict], root: Path, variant, args, device: torch.device,
-            train_and_measure, report) -> dict:
+            train_and_measure, report, measured: dict) -> dict:
     """Each configuration's metrics, from its folder if it is finished, else train_and_measure(run).
 
     variant(config) names the folder. A run that diverges does not stop the others; report(root)
-    comes last. Raises UserError if a run diverged.
+    comes last. Raises UserError if a run diverged, or if a finished one was not measured as
+    `measured` says: a value by the name that it has in `flat` metrics.
     """
+    for config in configs:
+        file = root / variant(config) / f"seed_{config['seed']}/final_metrics.json"
+        numbers = flat(load_json(file)) if file.exists() and not args.fresh else measured
+        for key, value in measured.items():
+            if numbers.get(key) != value:
+                raise UserError(f"{file} has {key} {numbers.get(key, 'missing')}, this command "
+                                f"{value}; --fresh trains that run again, another --out-dir "
+                                "keeps it")
     made = environment(device, args.command)  # before training: the commit that is run
     results, diverged = {}, []
     for i, config in enumerate(configs):

@@ -512,22 +512,19 @@ def manifold_metrics(real: Tensor, fake: Tensor, k: int = 5) -> dict[str, float]
     the share of fake features in a real ball. Recall: of real features in a fake ball. Coverage: of
     real balls with a fake feature in them. Sources: Kynkäänniemi et al. 2019; Naeem et al. 2020.
     """
-    real, fake = real.double(), fake.double()
-
-    def distances(a: Tensor, b: Tensor) -> Tensor:  # exact: by products, small ones would cancel
-        return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
 
     def radii(features: Tensor) -> Tensor:
         nearest = []
         for chunk in features.split(1000):  # the first of k + 1 is the feature itself
-            nearest.append(distances(chunk, features).topk(k + 1, largest=False).values[:, k])
+            distance = common.distances(chunk, features)
+            nearest.append(distance.topk(k + 1, largest=False).values[:, k])
         return torch.cat(nearest)
 
     real_radii, fake_radii = radii(real), radii(fake)
     precise = torch.zeros(len(fake), dtype=torch.bool)
     recalled, covered = [], []
     for chunk, radius in zip(real.split(1000), real_radii.split(1000), strict=True):
-        distance = distances(chunk, fake)  # (1000, M)
+        distance = common.distances(chunk, fake)  # (1000, M)
         in_real_ball = distance < radius[:, None]
         precise |= in_real_ball.any(0)
         covered.append(in_real_ball.any(1))
@@ -554,9 +551,7 @@ class Reference:
         real = self.score(features[:samples], probs[:samples])
         real |= {"fid": float(np.mean(floors)), "fid_std": float(np.std(floors, ddof=1)),
                  "sets": len(floors)}
-        p = data.x_test.double()  # the cross-entropy of grey pixels cannot fall below their entropy
-        entropy = torch.special.entr(p) + torch.special.entr(1 - p)
-        self.scale = {"real": real, "pixel_entropy": entropy.sum().item() / len(p)}
+        self.scale = {"real": real, "pixel_entropy": common.pixel_entropy(data.x_test)}
 
     def score(self, features: Tensor, probs: Tensor) -> dict:
         """FID, precision, recall, coverage and classes of images, by what the classifier says."""
@@ -574,15 +569,13 @@ def evaluate(run: common.Run, nets: dict, best_epoch: int, x_train: Tensor, refe
     chosen = torch.randperm(len(x_test), generator=common.generator("copying"))[:2000]
     distance = common.nearest(x[:2000], x_train.cpu())[0].mean()
     test_distance = common.nearest(x_test[chosen], x_train.cpu())[0].mean()
-    seconds = [row["seconds"] for row in run.history]
     classifier = reference.classifier
     metrics = {
         **reference.score(*classifier.predict(x)), "copying": (distance / test_distance).item(),
         "n": samples, "scale": reference.scale, "best_epoch": best_epoch,
-        "classifier": {"accuracy": classifier.accuracy, "sha256": classifier.sha256},
+        "classifier": classifier.identity, **run.timing(),
         "parameters": {name: sum(weight.numel() for weight in net.parameters())
-                       for name, net in nets.items()},
-        "seconds_train": sum(seconds), "seconds_per_epoch": float(np.median(seconds))}
+                       for name, net in nets.items()}}
     if "E" in nets:
         torch.manual_seed(common.seed_from(config["seed"], "test"))
         metrics["elbo"] = mean_elbo(nets, x_test.to(device))
@@ -1018,11 +1011,6 @@ def main(argv=None) -> dict:
     common.announce(root, configs, " ".join(datasets), device)
     for config in configs:  # check all of them before anything is written
         common.split(datasets[config["dataset"]], config)
-        file = root / variant(config) / f"seed_{config['seed']}/final_metrics.json"
-        if file.exists() and not args.fresh and common.load_json(file)["n"] != args.samples:
-            raise common.UserError(
-                f"{file} was not measured on {args.samples} samples; --fresh trains that run "
-                "again, another --out-dir keeps it")
     references = {}
 
     def train_and_measure(run: common.Run) -> dict:
@@ -1037,7 +1025,8 @@ def main(argv=None) -> dict:
         nets, best_epoch = train(run, x_train, x_val, val_features, reference.classifier, args)
         return evaluate(run, nets, best_epoch, x_train, reference, args.samples)
 
-    return common.run_all(configs, root, variant, args, device, train_and_measure, report)
+    return common.run_all(configs, root, variant, args, device, train_and_measure, report,
+                          measured={"n": args.samples})
 
 
 if __name__ == "__main__":

@@ -450,13 +450,9 @@ def coverage(real: Tensor, fake: Tensor, k: int = 5) -> float:
 
     About 1 - 2^-k for equal distributions and N = M; it grows with M. Source: Naeem et al. 2020.
     """
-
-    def distances(a: Tensor, b: Tensor) -> Tensor:  # exact: by products, small ones would cancel
-        return torch.cdist(a.double(), b.double(), compute_mode="donot_use_mm_for_euclid_dist")
-
     # of the k + 1 nearest the first is the feature itself
-    radius = distances(real, real).topk(k + 1, largest=False).values[:, k]
-    return (distances(real, fake) < radius[:, None]).any(1).double().mean().item()
+    radius = common.distances(real, real).topk(k + 1, largest=False).values[:, k]
+    return (common.distances(real, fake) < radius[:, None]).any(1).double().mean().item()
 
 
 def thinned(y: Tensor, digit: int, share: float, g: torch.Generator) -> Tensor:
@@ -601,21 +597,17 @@ def evaluate(run: common.Run, model: Autoencoder, best_epoch: int, data: common.
     def decode(codes: Tensor) -> Tensor:
         return common.in_chunks(lambda z: model.decode(z, temperature), codes, device)
 
-    p = x_val.double()  # the cross-entropy of grey pixels cannot fall below their entropy
-    entropy = torch.special.entr(p) + torch.special.entr(1 - p)
     chosen = torch.randperm(len(z_val), generator=common.generator("flatness"))[:512]
     best = run.history[best_epoch - 1]
-    seconds = [row["seconds"] for row in run.history]
     metrics = {
         "n_train_rare": round(len(z) * reference.rare_share),
         "train_share": reference.train_share.tolist(),
-        "classifier": {"accuracy": classifier.accuracy, "sha256": classifier.sha256},
+        "classifier": classifier.identity, **run.timing(),
         "best_epoch": best_epoch,
         "validation": {key: best[f"val_{key}"] for key in LOSSES if f"val_{key}" in best},
-        "validation_pixel_entropy": entropy.sum().item() / len(x_val),
+        "validation_pixel_entropy": common.pixel_entropy(x_val),
         "temperature": temperature, "flatness": flatness(model, z_val[chosen].to(device)),
-        "fid_floor": reference.fid_floor, "real": reference.real, "samplers": {},
-        "seconds_train": sum(seconds), "seconds_per_epoch": float(np.median(seconds))}
+        "fid_floor": reference.fid_floor, "real": reference.real, "samplers": {}}
     samples, rare_samples = {}, {}
     for sampler in args.sampler:
         print(f"measuring {args.samples} samples with {sampler} codes ...", flush=True)
@@ -974,14 +966,6 @@ def main(argv=None) -> dict:
     device, data, root, configs = common.begin("imbalance_study", args, configurations)
     for config in configs:  # check all of them before anything is written
         split(data, config)
-        file = root / variant(config) / f"seed_{config['seed']}/final_metrics.json"
-        if file.exists() and not args.fresh:
-            measured = common.load_json(file)["samplers"]
-            for sampler in args.sampler:
-                if measured.get(sampler, {}).get("n") != args.samples:
-                    raise common.UserError(
-                        f"{file} does not hold {args.samples} samples with {sampler} codes; "
-                        "--fresh trains that run again, another --out-dir keeps it")
     classifier = common.load_classifier(data, device)
 
     def train_and_measure(run: common.Run) -> dict:
@@ -997,7 +981,8 @@ def main(argv=None) -> dict:
                 downstream(folder, config, data, args, device)
         report(root)
 
-    return common.run_all(configs, root, variant, args, device, train_and_measure, finish)
+    measured = {f"samplers.{sampler}.n": args.samples for sampler in args.sampler}
+    return common.run_all(configs, root, variant, args, device, train_and_measure, finish, measured)
 
 
 if __name__ == "__main__":

@@ -567,7 +567,7 @@ def evaluate(run: common.Run, trained: dict, histories: dict, x_shown: Tensor,
         "parameters": {"decoder": sum(w.numel() for w in trained["vae"][0].parameters()),
                        "encoder": sum(w.numel() for w in trained["vae"][1].parameters()),
                        "latents": trained["latent_opt"][1].table.numel()},
-        "classifier": {"accuracy": classifier.accuracy, "sha256": classifier.sha256},
+        "classifier": classifier.identity,
         "seconds_train": sum(model["seconds_train"] for model in models.values()),
         "seconds_evaluation": time.perf_counter() - began})
     log_probability_boxes(run.folder, found, y)
@@ -757,13 +757,6 @@ def main(argv=None) -> dict:
     device, data, root, configs = common.begin("latent_opt", args, configurations)
     for config in configs:  # check all of them before anything is written
         split(data, config, args.test_images)
-        file = root / variant(config) / f"seed_{config['seed']}/final_metrics.json"
-        if file.exists() and not args.fresh:
-            measured = common.load_json(file)
-            if (measured["codes"], measured["n_test"]) != (args.codes, args.test_images):
-                raise common.UserError(
-                    f"{file} was measured on {measured['n_test']} images with {measured['codes']} "
-                    "codes; --fresh trains that run again, another --out-dir keeps it")
     classifier = common.load_classifier(data, device)
 
     def train_and_measure(run: common.Run) -> dict:
@@ -782,7 +775,8 @@ def main(argv=None) -> dict:
             histories[kind] = part.history
         return evaluate(run, trained, histories, x_shown, data, indices, classifier, args, device)
 
-    return common.run_all(configs, root, variant, args, device, train_and_measure, report)
+    return common.run_all(configs, root, variant, args, device, train_and_measure, report,
+                          measured={"codes": args.codes, "n_test": args.test_images})
 
 
 if __name__ == "__main__":

@@ -475,10 +475,7 @@ def evaluate(run: common.Run, model: VAE, best_epoch: int, data: common.Data, cl
     metrics |= {"negative_elbo": negative_elbo, "reconstruction": reconstruction, "kl": kl}
     if config["objective"] == "iwae":
         metrics["negative_iwae"] = mean_losses(model, x_test, config)[0]
-    # the least that a model of grey pixels can reach
-    p = data.x_test.double()
-    entropy = torch.special.entr(p) + torch.special.entr(1 - p)
-    metrics["pixel_entropy"] = entropy.sum().item() / len(p)
+    metrics["pixel_entropy"] = common.pixel_entropy(data.x_test)
 
     # what the bound hides
     order = torch.randperm(len(x_test), generator=common.generator("likelihood"))
@@ -496,10 +493,7 @@ def evaluate(run: common.Run, model: VAE, best_epoch: int, data: common.Data, cl
     metrics["fid"] = common.frechet_distance(features, classifier.test_features)
     metrics["fid_floor"] = common.frechet_distance(train_features, classifier.test_features)
     metrics["interpolation"], paths = interpolate(data, mu, decode, classifier, grey)
-    metrics["classifier"] = {"accuracy": classifier.accuracy, "sha256": classifier.sha256}
-    seconds = [row["seconds"] for row in run.history]
-    metrics["seconds_per_epoch"] = float(np.median(seconds))
-    metrics["seconds_train"] = sum(seconds)
+    metrics |= {"classifier": classifier.identity, **run.timing()}
     metrics = run.finish(metrics)
     figures(run, data, x_test.cpu(), mu, samples, decode, paths)
     return metrics
@@ -676,7 +670,8 @@ def main(argv=None) -> dict:
         return evaluate(run, model, best_epoch, data, classifier, train_features,
                         args.likelihood_images, device)
 
-    return common.run_all(configs, root, variant, args, device, train_and_measure, report)
+    return common.run_all(configs, root, variant, args, device, train_and_measure, report,
+                          measured={"likelihood.n": args.likelihood_images})
 
 
 if __name__ == "__main__":

@@ -274,7 +274,7 @@ def test_runs_end_to_end_and_the_report_is_made_of_files(tmp_path, small_sets):
     study.main(["--report-only", "--out-dir", str(tmp_path)])
     assert all(file.read_bytes() == content for file, content in files.items())
     assert study.main(argv) == metrics  # finished: skipped
-    with pytest.raises(common.UserError, match="200 samples"):
+    with pytest.raises(common.UserError, match="has n 300, this command 200"):
         study.main([*argv, "--samples", "200"])
     config = next(root.glob("glyphs/*/seed_0/final_metrics.json"))
     other = common.load_json(config)

@@ -248,7 +248,7 @@ def test_runs_end_to_end_downstream_and_the_report(tmp_path, few_test_images, ca
     (root / name / "best_model.pt").unlink()
     study.main([*argv, "--model", "ga-ae", *downstream])  # finished: nothing to do
     assert "finished before" in capsys.readouterr().out
-    with pytest.raises(common.UserError, match="does not hold 2100 samples with prior"):
+    with pytest.raises(common.UserError, match=r"samplers\.prior\.n 2000, this command 2100"):
         study.main([*argv, "--model", "ga-ae", "--samples", "2100"])
     with pytest.raises(common.UserError, match=r"best_model\.pt is missing"):  # other steps
         study.main([*argv, "--model", "ga-ae", "--downstream", "--downstream-steps", "9"])
