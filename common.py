@@ -977,6 +977,16 @@ def verdict(rows: dict, a: tuple, b: tuple, title: str, key: str, digits: int) -
     return f"{shared}: {finding} ({text})." if n else ""
 
 
+def command_of(run: dict) -> str:
+    """The command that makes a finished run again, without seeds and folders."""
+    metrics, precision = run["metrics"], run["config"]["precision"]
+    command = re.sub(r" --(seeds( \d+)+|fresh|out-dir \S+|shard \S+)| pullback", "",
+                     metrics["environment"]["command"])
+    if precision == "bfloat16" and "--precision" not in command:
+        command += " --precision bfloat16"  # the first version chose it by the processor
+    return command
+
+
 def how_made(runs: list[dict]) -> str:
     """The end of a report: device, versions, minutes and commands, each said once."""
     made = [run["metrics"]["environment"] | run["config"] for run in runs]
@@ -985,13 +995,7 @@ def how_made(runs: list[dict]) -> str:
         return ", ".join(sorted({str(one[key]) for one in made}))
 
     minutes = [run["metrics"]["seconds_train"] / 60 for run in runs]
-    commands = set()
-    for one in made:
-        command = re.sub(r" --(seeds( \d+)+|fresh|shard \S+)| pullback", "", one["command"])
-        if one["precision"] == "bfloat16" and "--precision" not in command:
-            command += " --precision bfloat16"  # the first version chose it by the processor
-        commands.add(command)
-    commands = sorted(commands)
+    commands = sorted({command_of(run) for run in runs})
     if len(commands) > 5:
         commands = [*commands[:5], f"... {len(commands) - 5} others, in each final_metrics.json"]
     return (f"Trained in {all_of('precision')}, {min(minutes):.1f} to {max(minutes):.1f} minutes a "
