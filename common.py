@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 os.environ["MPLBACKEND"] = "agg"  # figures are drawn off screen, whatever the user has set
+os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # what Apple's MPS lacks runs on the CPU
 import matplotlib
 import numpy as np
 import torch
@@ -228,10 +229,10 @@ def find_files(name: str, folder: Path) -> dict[str, Path]:
     for place in [folder / name / "raw", folder / name, folder / "raw", folder]:
         found = {}
         for key, (stem, kind, _) in FILES.items():
-            for ending in ["-{}-ubyte", ".{}-ubyte", "-{}-ubyte.gz", ".{}-ubyte.gz"]:
-                path = place / (stem + ending.format(kind))
-                if path.exists() or path.is_symlink():
-                    found.setdefault(key, path)
+            file_name = f"{stem}[-.]{kind}-ubyte"
+            matches = [*place.glob(file_name), *place.glob(f"{file_name}.gz")]
+            if matches:
+                found[key] = matches[0]
         if found:
             return found
     return {}
@@ -407,13 +408,13 @@ def train_classifier(x: Tensor, y: Tensor, device: torch.device, *key: int | str
                                       fused=device.type != "mps")
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.01, total_steps=steps,
                                                        pct_start=0.2)
-        batches = []
-        for _ in progress(range(steps), "training a classifier"):
-            if not batches:  # a new epoch
+        half = batch_size // 2
+        for step in progress(range(steps), "training a classifier"):
+            start = step * batch_size % (len(x) // batch_size * batch_size)
+            if start == 0:  # a new epoch
                 order = torch.randperm(len(x), generator=g).to(device)
-                batches = list(order.split(batch_size))[:len(x) // batch_size]
-            batch = batches.pop(0)
-            images, half = x[batch], batch_size // 2
+            batch = order[start:start + batch_size]
+            images = x[batch]
             if augment == "flip":
                 images = torch.cat([images[:half], images[half:].flip(3)])
             elif augment == "shift":

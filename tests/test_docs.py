@@ -41,32 +41,6 @@ def published_rows(script) -> dict:
 # ------------------------------------------------------------------------------ README's tables
 
 
-def table_of(rows: dict, names: list[tuple], titles: list[str], columns: list[tuple]) -> str:
-    """A results table of some rows, by the parts of their names that have a title."""
-    positions = [i for i, title in enumerate(titles) if title]
-    shown = {tuple(name[i] for i in positions): rows[name] for name in names}
-    return common.results_table(shown, [titles[i] for i in positions], columns)
-
-
-def imbalance_table() -> str:
-    rows = published_rows(imbalance_study)
-    rare = imbalance_study.shown_class(rows)
-    names = [(rare, model, sampler) for model, sampler in [
-        ("vae", "prior"), ("ae", "prior"), ("ga-ae", "prior"), ("vae", "local"), ("ae", "local"),
-        ("ga-ae λ=0", "local"), ("ga-ae", "local")]]
-    return table_of(rows, names, ["", "model", "sampler"], imbalance_study.COLUMNS)
-
-
-def vae_table() -> str:
-    names = [("mlp 500", "1-D", "grey", *VAE[3:]), ("mlp 500", "2-D", "grey", *VAE[3:]),
-             ("mlp 500", "64-D", "grey", *VAE[3:]), VAE, ("mlp 500-500", *VAE[1:]),
-             (*IWAE[:3], *VAE[3:]), IWAE, CONV]
-    columns = [column for column in vae_mnist.COLUMNS
-               if column[0] in ("−ELBO", "NLL", "published", "gap", "FID / floor")]
-    return table_of(published_rows(vae_mnist), names, ["net", "latent", "pixels", "bound", ""],
-                    columns)
-
-
 def best_gans() -> list[tuple]:
     """Of each kind and dataset the row that is best on validation images."""
     rows = published_rows(gan_vs_vae)
@@ -75,48 +49,58 @@ def best_gans() -> list[tuple]:
             for kind in ["GAN", "tuned GAN", "VAE", "VAE-GAN"]]
 
 
-def gan_table() -> str:
-    columns = [("FID", "fid", 2), ("floor", "floor", 3), ("precision", "precision", 2),
-               ("recall", "recall", 2), ("coverage", "coverage", 2), ("−ELBO", "elbo.loss", 2)]
-    return table_of(published_rows(gan_vs_vae), best_gans(), gan_vs_vae.NAMES, columns)
+ENCODER = ("d200 sigma0.4", "amortised VAE", "test")
+LATENT = ("d200 sigma0.4", "latent optimisation", "test")
+TABLES = {  # heading: script, rows, titles of the parts of their names, columns that are left out
+    "The imbalance study": (
+        imbalance_study, [("9 at 2 %", model, sampler) for model, sampler in [
+            ("vae", "prior"), ("ae", "prior"), ("ga-ae", "prior"), ("vae", "local"),
+            ("ae", "local"), ("ga-ae λ=0", "local"), ("ga-ae", "local")]],
+        ["", "model", "sampler"], []),
+    "The variational autoencoder": (
+        vae_mnist, [("mlp 500", "1-D", "grey", *VAE[3:]), ("mlp 500", "2-D", "grey", *VAE[3:]),
+                    ("mlp 500", "64-D", "grey", *VAE[3:]), VAE, ("mlp 500-500", *VAE[1:]),
+                    (*IWAE[:3], *VAE[3:]), IWAE, CONV],
+        ["net", "latent", "pixels", "bound", ""], ["validation", "estimate − exact",
+                                                   "active units"]),
+    "GAN against VAE": (
+        gan_vs_vae, best_gans(), gan_vs_vae.NAMES, ["copying", "classes", "reconstruction"]),
+    "Amortised inference against latent optimisation": (
+        latent_opt, [ENCODER, LATENT], ["", "model", ""], ["median ESS", "seconds per epoch"])}
 
 
-def latent_table() -> str:
-    rows = published_rows(latent_opt)
-    columns = [column for column in latent_opt.COLUMNS
-               if column[0] not in ("median ESS", "seconds per epoch")]
-    names = [("d200 sigma0.4", model, "test") for model in latent_opt.MODELS.values()]
-    return table_of(rows, names, ["", "model", ""], columns)
+def readme_table(script, names: list[tuple], titles: list[str], left_out: list[str]) -> str:
+    """A results table of some rows, by the parts of their names that have a title."""
+    rows, shown = published_rows(script), {}
+    columns = gan_vs_vae.VAE_COLUMNS if script == gan_vs_vae else script.COLUMNS
+    for name in names:
+        parts = [part for part, title in zip(name, titles, strict=True) if title]
+        shown[tuple(parts)] = rows[name]
+    return common.results_table(shown, [title for title in titles if title],
+                                [column for column in columns if column[0] not in left_out])
 
 
 def cite_table() -> str:
     """The numbers to cite, each with the command that makes it."""
     vae, gan, latent = map(published_rows, [vae_mnist, gan_vs_vae, latent_opt])
-    encoder = ("d200 sigma0.4", "amortised VAE", "test")
-    tuned = [name for name in best_gans() if name[1] == "GAN tuned"]
-    iwae = "vae_mnist.py --hidden 200 200 --latent-dim 50 --objective iwae"
-    conv = "vae_mnist.py --arch conv --latent-dim 50 --likelihood-images 250"
+    mnist, fashion = [gan[name] for name in best_gans() if name[1] == "GAN tuned"]
     gans = "gan_vs_vae.py --model tuned-gan --precision bfloat16 --dataset"
     lines = [["what", "value", "floor", "n", "epochs", "weights", "command"]]
     for what, seeds, key, epochs, weights, command in [
             ("NLL, mlp 500, 20-D", vae[VAE], "likelihood.nll", 100, "816 k", "vae_mnist.py"),
             ("−ELBO, mlp 500, 20-D", vae[VAE], "negative_elbo", 100, "816 k", "vae_mnist.py"),
-            ("NLL, mlp 200-200, IWAE 5", vae[IWAE], "likelihood.nll", 100, "425 k", iwae),
-            ("NLL, conv, 50-D", vae[CONV], "likelihood.nll", 100, "1,364 k", conv),
-            ("FID, tuned GAN, MNIST", gan[tuned[0]], "fid", 30, "347 k", f"{gans} mnist"),
-            ("FID, tuned GAN, FashionMNIST", gan[tuned[1]], "fid", 30, "347 k",
-             f"{gans} fashion-mnist"),
-            ("amortisation gap", latent[encoder], "start_gap", 30, "976 k",
+            ("NLL, mlp 200-200, IWAE 5", vae[IWAE], "likelihood.nll", 100, "425 k",
+             "vae_mnist.py --hidden 200 200 --latent-dim 50 --objective iwae"),
+            ("NLL, conv, 50-D", vae[CONV], "likelihood.nll", 100, "1,364 k",
+             "vae_mnist.py --arch conv --latent-dim 50 --likelihood-images 250"),
+            ("FID, tuned GAN, MNIST", mnist, "fid", 30, "347 k", f"{gans} mnist"),
+            ("FID, tuned GAN, FashionMNIST", fashion, "fid", 30, "347 k", f"{gans} fashion-mnist"),
+            ("amortisation gap", latent[ENCODER], "start_gap", 30, "976 k",
              "latent_opt.py --codes 5000")]:
         floor = common.cell(seeds, "floor", 3) if key == "fid" else "–"
         lines.append([what, common.cell(seeds, key, 2), floor, str(len(seeds)), str(epochs),
                       weights, f"`{command} --seeds 0 1 2`"])
     return common.markdown_table(lines, 1)
-
-
-TABLES = {"Numbers to cite": cite_table, "The imbalance study": imbalance_table,
-          "The variational autoencoder": vae_table, "GAN against VAE": gan_table,
-          "Amortised inference against latent optimisation": latent_table}
 
 
 # -------------------------------------------------------- docstrings and the list of published runs
@@ -142,7 +126,7 @@ def expected(script) -> tuple[str, list[dict]]:
                 f"{common.cell(rows[name], 'floor', 2)}), recall "
                 f"{common.cell(rows[name], 'recall', 2)}")
         return text, [run for run in runs if gan_vs_vae.row_name(run["config"]) == name]
-    vae = rows["d200 sigma0.4", "amortised VAE", "test"]
+    vae = rows[ENCODER]
     text = (f"gaps of the encoder: amortisation {common.cell(vae, 'start_gap', 2)}, approximation "
             f"{common.cell(vae, 'approximation_gap', 2)} nats")
     return text, [run for run in runs if latent_opt.variant(run["config"]) == "d200_sigma0.4"]
@@ -208,10 +192,11 @@ def results_readme() -> str:
 def current() -> dict[str, str]:
     """Every file that holds published numbers, as it should be."""
     readme = README
-    for heading, table in TABLES.items():  # the first table below its heading
+    tables = {heading: readme_table(*parts) for heading, parts in TABLES.items()}
+    for heading, table in {**tables, "Numbers to cite": cite_table()}.items():
         before, rest = readme.split(f"\n## {heading}\n")
-        old = re.search(r"(\|[^\n]*\n)+", rest).group()
-        readme = f"{before}\n## {heading}\n{rest.replace(old, table() + chr(10), 1)}"
+        old = re.search(r"(\|[^\n]*\n)+", rest).group()  # the first table below its heading
+        readme = f"{before}\n## {heading}\n{rest.replace(old, table + chr(10), 1)}"
     files = {"README.md": readme, "results/README.md": results_readme()}
     for name, script in SCRIPTS.items():
         text = (ROOT / f"{name}.py").read_text(encoding="utf-8")
