@@ -35,6 +35,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from matplotlib.ticker import AutoLocator, LogLocator, NullLocator
 from torch import Tensor, nn
 from torchvision import datasets
 from torchvision.utils import make_grid
@@ -1117,11 +1118,11 @@ def plot_points(path: Path, rows: dict, key: str, title: str, band=None, log: bo
         axes.axvspan(*band, color="0.9")
     if log:
         axes.set_xscale("log")
-        axes.minorticks_off()
-        limits = axes.get_xlim()  # ticks would widen them
-        ticks = [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500]
-        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-        axes.set_xlim(limits)
+        low, high = axes.get_xlim()
+        is_narrow = high < 10 * low
+        axes.xaxis.set_major_locator(AutoLocator() if is_narrow else LogLocator(subs=[1, 2, 5]))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_locator(NullLocator())
     axes.set_yticks(range(len(labels)), labels, fontsize=8)
     axes.invert_yaxis()
     axes.set_xlabel(title)
