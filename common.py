@@ -277,8 +277,8 @@ def download(name: str, folder: Path) -> None:
         raise UserError(
             f"no {name} in {folder}, and it cannot be downloaded ({cause}); looked for "
             f"train-images-idx3-ubyte and three more, packed or not, in {name}/raw, {name}, raw "
-            f"and the folder itself; found: {', '.join(there) or 'nothing'}; --dataset glyphs needs "
-            "no file")
+            f"and the folder itself; found: {', '.join(there) or 'nothing'}; --dataset glyphs "
+            "needs no file")
 
 
 def read_data(dataset: str, folder: Path) -> Data:
