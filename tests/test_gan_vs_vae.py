@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import copy
 import functools
 import math
 import types
@@ -11,14 +12,13 @@ import types
 import numpy as np
 import pytest
 import torch
-from conftest import interrupt_after_epoch, numbers
+from conftest import interrupt_after_epoch
 
 import common
 import gan_vs_vae as study
 
 CPU = torch.device("cpu")
-SMOKE = ["--dataset", "glyphs", "--train-size", "300", "--epochs", "1", "--samples", "300",
-         "--device", "cpu"]
+ARGS = types.SimpleNamespace(compile=False, samples=100)
 
 
 def settings(model, **own):
@@ -29,6 +29,11 @@ def settings(model, **own):
     return config | own
 
 
+@pytest.fixture
+def images():
+    return torch.rand(16, 1, 28, 28)
+
+
 # ---------------------------------------------------------------------------------- losses, models
 
 
@@ -36,44 +41,30 @@ def settings(model, **own):
     ("hinge", 2, 0), ("bce", 2 * math.log(2), math.log(2))])
 def test_losses_of_a_blind_discriminator_and_their_gradients(loss, d, g):
     real, fake = torch.zeros(5, requires_grad=True), torch.zeros(5, requires_grad=True)
-    of_d = study.discriminator_loss(loss, real, fake)
-    assert of_d.item() == pytest.approx(d)
-    assert study.generator_loss(loss, fake).item() == pytest.approx(g)
-    to_real, to_fake = torch.autograd.grad(of_d, (real, fake))
+    d_loss, g_loss = study.discriminator_loss(loss, real, fake), study.generator_loss(loss, fake)
+    assert (d_loss.item(), g_loss.item()) == pytest.approx((d, g))
+    to_real, to_fake = torch.autograd.grad(d_loss, (real, fake))
     assert (to_real < 0).all() and (to_fake > 0).all()  # D wants real up and fake down
-    assert (torch.autograd.grad(study.generator_loss(loss, fake), fake)[0] < 0).all()
+    assert (torch.autograd.grad(g_loss, fake)[0] < 0).all()
 
 
-def test_generator_and_vae_decoder_are_one_network_after_the_first_layer():
-    gan, vae = (study.build(settings(model), CPU)[0] for model in ["gan", "vae"])
-    assert str(gan["G"].trunk) == str(vae["G"].trunk)
-
-
-def test_the_step_of_d_leaves_g_alone_and_noise_is_fresh(monkeypatch):
-    nets, optimizers = study.build(settings("gan"), CPU)
-    updated, noises, attached = [], [], []
-    real = study.update
-
-    def watched(chosen, loss):
-        real(chosen, loss)
-        if not updated:
-            assert all(weight.grad is None for weight in nets["G"].parameters())
-        updated.append(chosen)
-    monkeypatch.setattr(study, "update", watched)
-    nets["D"].register_forward_pre_hook(lambda m, args: attached.append(args[0].requires_grad))
+@pytest.mark.parametrize(("model", "step", "attached"), [
+    ("gan", "gan_step", [False, False, True]),  # real, fake, and the fake that G learns from
+    ("vae-gan", "discriminators_step", [False, False])])
+def test_what_d_learns_from_is_detached_and_noise_is_fresh(model, step, attached, images):
+    nets, optimizers = study.build(settings(model), CPU)
+    seen, noises = [], []
+    for name in {"D", "D_z"} & set(nets):
+        nets[name].register_forward_pre_hook(lambda m, x: seen.append(x[0].requires_grad))
     nets["G"].first.register_forward_hook(lambda m, z, out: noises.append(z[0]))
-    study.gan_step(nets, optimizers, torch.rand(16, 1, 28, 28), settings("gan"))
-    assert updated == [[optimizers["D"]], [optimizers["G"]]]
-    assert len(noises) == 2 and not torch.equal(*noises)
-    assert attached == [False, False, True]  # real, detached fake, and the fake that G learns from
+    getattr(study, step)(nets, optimizers, images, settings(model))
+    assert seen == attached * (2 if "D_z" in nets else 1)
+    assert len(noises) == 1 or not torch.equal(*noises)
 
 
 def test_an_update_is_adams_on_the_gradient_of_its_own_weights():
     nets, optimizers = study.build(settings("gan"), CPU)
-    twins = study.build(settings("gan"), CPU)[0]
-    for name, twin in twins.items():
-        twin.load_state_dict(nets[name].state_dict())
-    z = torch.randn(8, 8)
+    twins, z = copy.deepcopy(nets), torch.randn(8, 8)
     study.update([optimizers["G"]], -nets["D"](nets["G"](z)).mean())
     (-twins["D"](twins["G"](z)).mean()).backward()
     torch.optim.Adam(twins["G"].parameters(), lr=1e-3, betas=(0.5, 0.999), foreach=False).step()
@@ -83,8 +74,8 @@ def test_an_update_is_adams_on_the_gradient_of_its_own_weights():
 
 
 @torch.no_grad()
-def test_the_elbo_against_torch_distributions():
-    nets, x = study.build(settings("vae"), CPU)[0], torch.rand(6, 1, 28, 28).round()
+def test_the_elbo_against_torch_distributions(images):
+    nets, x = study.build(settings("vae"), CPU)[0], images.round()
     E, G = nets["E"].eval(), nets["G"].eval()
     E[-1].weight.data *= 200  # codes far from the prior
     torch.manual_seed(0)
@@ -103,38 +94,38 @@ def test_the_elbo_against_torch_distributions():
 
 
 @pytest.mark.parametrize(("steps", "weight"), [(0, 10 / 11), (989, 0.01)])
-def test_the_moving_average_is_that_of_the_last_tenth_of_the_steps(steps, weight):
+def test_the_moving_average_is_that_of_the_last_tenth_of_the_steps(steps, weight, images):
     nets, optimizers = study.build(settings("tuned-gan"), CPU)
     nets["average"].n_averaged += steps
     old = nets["average"].module.first.weight.clone()
-    study.gan_step(nets, optimizers, torch.rand(16, 1, 28, 28), settings("tuned-gan"))
+    study.gan_step(nets, optimizers, images, settings("tuned-gan"))
     want = (1 - weight) * old + weight * nets["G"].first.weight
     assert torch.allclose(nets["average"].module.first.weight, want, atol=1e-7)
     mean = nets["average"].module.trunk[0].running_mean  # BatchNorm's statistics too
     assert torch.allclose(mean, weight * nets["G"].trunk[0].running_mean, atol=1e-6)
 
 
-def test_only_a_tuned_discriminator_sees_images_moved_each_by_its_own(monkeypatch):
+def test_only_a_tuned_discriminator_sees_images_moved_each_by_its_own(monkeypatch, images):
     x = torch.rand(32, 1, 28, 28).requires_grad_()
-    moved = study.shifted(x, 3)
-    wide, found = torch.nn.functional.pad(x, (3,) * 4), []
-    for image, around in zip(moved, wide, strict=True):
-        found += [(a, b) for a in range(7) for b in range(7)
-                  if torch.equal(image, around[:, a:a + 28, b:b + 28])]
-    assert len(found) == 32 and len(set(found)) > 10
-    assert {v for place in found for v in place} == set(range(7))
+    moved, around = study.shifted(x, 3), torch.nn.functional.pad(x, (3,) * 4)
+    places = set()
+    for a in range(7):
+        for b in range(7):
+            same = (moved == around[:, :, a:a + 28, b:b + 28]).flatten(1).all(1)
+            places |= {(i, a, b) for i in same.nonzero()[:, 0].tolist()}
+    assert len(places) == 32  # each image at one place
+    assert {a for _, a, _ in places} == {b for _, _, b in places} == set(range(7))
     assert torch.autograd.grad(moved.sum(), x)[0].unique().tolist() == [0, 1]
     calls = []
     monkeypatch.setattr(study, "shifted", lambda x, by: (calls.append(by), x)[1])
     for model in ["gan", "tuned-gan"]:
-        study.gan_step(*study.build(settings(model), CPU), torch.rand(16, 1, 28, 28),
-                       settings(model))
+        study.gan_step(*study.build(settings(model), CPU), images, settings(model))
     assert calls == [2] * 3  # real, generated for D, generated for G
 
 
-def test_in_eval_mode_an_image_depends_on_its_own_code():
+def test_in_eval_mode_an_image_depends_on_its_own_code(images):
     nets, optimizers = study.build(settings("gan"), CPU)
-    study.gan_step(nets, optimizers, torch.rand(16, 1, 28, 28), settings("gan"))
+    study.gan_step(nets, optimizers, images, settings("gan"))
     z = torch.randn(8, 8)
     with pytest.raises(AssertionError, match="eval mode"):
         study.draw(nets, z, CPU)
@@ -148,12 +139,10 @@ DEVICES = ["meta", pytest.param("cuda", marks=pytest.mark.skipif(
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("model", "stage"), [("gan", 1), ("tuned-gan", 1), ("vae", 1),
                                               ("vae-gan", 2), ("vae-gan", 3)])
-def test_every_step_stays_on_its_device_and_its_losses_are_float32(
-        monkeypatch, device, precision, model, stage):
-    config = settings(model, precision=precision)
+def test_every_step_stays_on_its_device(monkeypatch, device, model, stage):
+    config = settings(model)
     nets, optimizers = study.build(config, CPU)
     for net in nets.values():
         getattr(net, "module", net).to(device)  # the moving average counts on the CPU
@@ -161,58 +150,52 @@ def test_every_step_stays_on_its_device_and_its_losses_are_float32(
         monkeypatch.setattr(study, "autocast", lambda x, config: contextlib.nullcontext())
         monkeypatch.setattr(study, "update", lambda chosen, loss: loss.backward())
     losses = study.step(nets, optimizers, torch.rand(16, 1, 28, 28, device=device), config, stage)
-    for value in losses.values():
-        assert value.device.type == device and value.dtype == torch.float32
+    assert {value.device.type for value in losses.values()} == {device}
 
 
-@pytest.mark.parametrize(("model", "stage"), [("tuned-gan", 1), ("vae-gan", 3)])
-def test_a_compiled_step_is_the_eager_one(monkeypatch, model, stage):
-    # without code generation, which takes half a minute a step
+def test_a_compiled_step_is_the_eager_one(monkeypatch, images):
+    # without code generation, which takes half a minute
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    x, found = torch.rand(16, 1, 28, 28), []
+    config, losses = settings("tuned-gan"), []
     for on in [False, True]:
         torch.manual_seed(0)
-        nets, optimizers = study.build(settings(model), CPU)
+        nets, optimizers = study.build(config, CPU)
         step = common.compiled(study.step, on, CPU)
-        for _ in range(2):
-            found.append(step(nets, optimizers, x, settings(model), stage))
-    for eager, fast in zip(found[:2], found[2:], strict=True):
-        assert {k: v.item() for k, v in fast.items()} == pytest.approx(
-            {k: v.item() for k, v in eager.items()}, rel=1e-4, abs=1e-6)
+        step(nets, optimizers, images, config, 1)
+        found = step(nets, optimizers, images, config, 1)
+        losses.append({key: value.item() for key, value in found.items()})
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4, abs=1e-6)
 
 
-def test_bfloat16_is_of_training_and_near_float32():
-    x, found = torch.rand(64, 1, 28, 28), {}
+@pytest.mark.parametrize(("model", "stage"), [("gan", 1), ("vae", 1), ("vae-gan", 3)])
+def test_bfloat16_is_of_the_networks_alone(model, stage, images):
+    losses = {}
     for precision in ["float32", "bfloat16"]:
-        config = settings("vae", precision=precision)
+        config = settings(model, precision=precision)
         torch.manual_seed(0)
         nets, optimizers = study.build(config, CPU)
-        losses = study.vae_step(nets, optimizers, x, config)
-        assert losses["loss"].dtype == torch.float32
-        assert next(nets["E"].parameters()).dtype == torch.float32
-        found[precision] = losses["loss"].item()
-    assert found["float32"] != found["bfloat16"] == pytest.approx(found["float32"], rel=0.01)
+        losses[precision] = study.step(nets, optimizers, images, config, stage)
+        assert {value.dtype for value in losses[precision].values()} == {torch.float32}
+        assert next(nets["G"].parameters()).dtype == torch.float32
+    key = "d_loss" if model == "gan" else "loss"
+    full, half = (losses[precision][key].item() for precision in ["float32", "bfloat16"])
+    assert full != half == pytest.approx(full, rel=0.02)
 
 
-def test_the_hybrids_vae_is_unchanged_while_frozen_and_trained_before_and_after():
+def test_the_hybrids_vae_is_unchanged_while_frozen_and_trained_before_and_after(images):
     config = settings("vae-gan")
     nets, optimizers = study.build(config, CPU)
-    rates = {name: optimizer.param_groups[0]["lr"] for name, optimizer in optimizers.items()}
-    assert rates == {"E": 1e-3, "G": 1e-3, "D": 1e-3, "H": 5e-3, "D_z": 5e-3}
-    x = torch.rand(16, 1, 28, 28)
-    for stage, moving in [(1, ["E", "G"]), (2, ["H", "D_z", "D"]),
-                          (3, ["E", "G", "H", "D_z", "D"])]:
+    assert [optimizers[name].param_groups[0]["lr"] for name in "EGHD"] == [1e-3, 1e-3, 5e-3, 1e-3]
+    for stage, moving in [(1, "E G"), (2, "H D_z D"), (3, "E G H D_z D")]:
         for name in ["E", "G"]:
             nets[name].train(stage == 1)
-        before = {name: [v.clone() for v in net.state_dict().values()]
-                  for name, net in nets.items()}
-        losses = study.step(nets, optimizers, x, config, stage)
-        assert all(value.isfinite() for value in losses.values())
+        before = copy.deepcopy({name: net.state_dict() for name, net in nets.items()})
+        losses = study.step(nets, optimizers, images, config, stage)
         assert ("loss" in losses, "d_loss" in losses) == (stage != 2, stage > 1)
         for name, net in nets.items():  # buffers too
-            changed = [not torch.equal(a, b)
-                       for a, b in zip(before[name], net.state_dict().values(), strict=True)]
-            assert any(changed) == (name in moving)
+            same = [torch.equal(value, before[name][key]) for key, value in
+                    net.state_dict().items()]
+            assert all(same) == (name not in moving.split())
 
 
 # ----------------------------------------------------------------------------- metrics and collapse
@@ -221,9 +204,8 @@ def test_the_hybrids_vae_is_unchanged_while_frozen_and_trained_before_and_after(
 def test_manifold_metrics_on_equal_disjoint_and_collapsed_sets():
     found = [study.manifold_metrics(torch.randn(600, 4), torch.randn(600, 4)) for _ in range(8)]
     assert np.mean([f["coverage"] for f in found]) == pytest.approx(1 - 2**-5, abs=0.01)
-    apart = study.manifold_metrics(torch.randn(100, 4), torch.randn(100, 4) + 100)
-    assert set(apart.values()) == {0.0}
     real = torch.randn(300, 4)
+    assert set(study.manifold_metrics(real, real + 100).values()) == {0.0}
     one = study.manifold_metrics(real, real[:1].repeat(300, 1))
     assert one["precision"] == 1 and one["recall"] == 0 and one["coverage"] < 0.1
 
@@ -231,50 +213,47 @@ def test_manifold_metrics_on_equal_disjoint_and_collapsed_sets():
 def test_manifold_metrics_against_a_naive_count():
     real, fake, k = torch.randn(40, 3), torch.randn(30, 3) * 1.3, 3
     distance = lambda a, b: np.linalg.norm(a.numpy()[:, None] - b.numpy()[None], axis=2)
-    real_radius = np.sort(distance(real, real), 1)[:, k]
-    fake_radius = np.sort(distance(fake, fake), 1)[:, k]
     d = distance(real, fake)
-    want = {"precision": (d < real_radius[:, None]).any(0).mean(),
-            "recall": (d < fake_radius).any(1).mean(),
-            "coverage": (d < real_radius[:, None]).any(1).mean()}
-    assert study.manifold_metrics(real, fake, k) == pytest.approx(want)
-
-
-def below(scores):
-    return [key for key, least in study.COLLAPSE.items() if scores[key] < least]
+    in_real = d < np.sort(distance(real, real), 1)[:, k, None]
+    in_fake = d < np.sort(distance(fake, fake), 1)[:, k]
+    assert study.manifold_metrics(real, fake, k) == pytest.approx({
+        "precision": in_real.any(0).mean(), "recall": in_fake.any(1).mean(),
+        "coverage": in_real.any(1).mean()})
 
 
 def test_the_floor_and_planted_collapse(data, classifier):
-    reference = study.Reference(data, classifier, 2000)
-    real, x, y = reference.scale["real"], data.x_train[:20_000], data.y_train[:20_000]
-    assert real["sets"] == 6 and 0 < real["fid_std"] < real["fid"] and not below(real)
-    score = lambda images: reference.score(*classifier.predict(images))
-    assert not below(score(data.x_test[2000:4000]))
-    one_each = torch.cat([x[y == digit][:1] for digit in range(10)]).repeat(200, 1, 1, 1)
-    assert below(score(one_each)) == ["recall"]
-    for images in [x[:1].repeat(2000, 1, 1, 1), x[y == 3][:1500], x[y < 3][:2000]]:
-        assert "classes" in below(score(images))
+    reference = study.Reference(data, classifier, 1000)
+    real, x, y = reference.scale["real"], data.x_train[:10_000], data.y_train[:10_000]
+    assert real["sets"] == 6 and 0 < real["fid_std"] < real["fid"]
+
+    def below(images):
+        numbers = reference.score(*classifier.predict(images))
+        return [key for key, least in study.COLLAPSE.items() if numbers[key] < least]
+    assert not below(data.x_test[2000:3000])
+    one_each = torch.cat([x[y == digit][:1] for digit in range(10)]).repeat(100, 1, 1, 1)
+    assert below(one_each) == ["recall"]
+    for images in [x[:1].repeat(1000, 1, 1, 1), x[y == 3][:800], x[y < 3][:1000]]:
+        assert "classes" in below(images)
 
 
 # --------------------------------------------------------------------------------------------- runs
 
 
 def test_runs_end_to_end_and_the_report_is_made_of_files(tmp_path, small_sets):
-    argv = [*SMOKE, "--z-dim", "8", "--loss", "hinge", "--latent-dim", "4", "--out-dir",
-            str(tmp_path)]
+    argv = ["--dataset", "glyphs", "--train-size", "64", "--epochs", "1", "--samples", "100",
+            "--device", "cpu", "--z-dim", "8", "--loss", "hinge", "--latent-dim", "4",
+            "--out-dir", str(tmp_path)]
     metrics = study.main(argv)
     assert len(metrics) == 4
     root = tmp_path / "gan_vs_vae"
-    files = {file: file.read_bytes() for file in [*root.glob("*.png"), *root.glob("*.csv"),
-                                                  root / "report.md"]}
+    files = {file: file.read_bytes() for file in root.glob("*.*")}
     links = [line for line in (root / "report.md").read_text().splitlines() if line[:2] == "!["]
     assert len(links) >= 8
     for line in links:
         assert (root / line.split("](")[1][:-1]).exists(), line
-    study.main(["--report-only", "--out-dir", str(tmp_path)])
+    assert study.main(argv) == metrics  # finished: skipped, and the report is written again
     assert all(file.read_bytes() == content for file, content in files.items())
-    assert study.main(argv) == metrics  # finished: skipped
-    with pytest.raises(common.UserError, match="has n 300, this command 200"):
+    with pytest.raises(common.UserError, match="has n 100, this command 200"):
         study.main([*argv, "--samples", "200"])
     config = next(root.glob("glyphs/*/seed_0/final_metrics.json"))
     other = common.load_json(config)
@@ -285,16 +264,18 @@ def test_runs_end_to_end_and_the_report_is_made_of_files(tmp_path, small_sets):
 
 
 @pytest.mark.parametrize("model", ["vae-gan", "tuned-gan"])
-def test_an_interrupted_run_continues_bitwise(tmp_path, model, small_sets):
-    argv = [*SMOKE, "--train-size", "100", "--model", model, "--latent-dim", "4", "--out-dir"]
-    study.main([*argv, str(tmp_path / "whole")])
-    interrupt_after_epoch(2, lambda: study.main([*argv, str(tmp_path / "parts")]))
-    study.main([*argv, str(tmp_path / "parts")])
-    a, b = (next((tmp_path / d).glob("gan_vs_vae/glyphs/*/seed_0")) for d in ["whole", "parts"])
-    assert numbers(a) == numbers(b)
-    left, right = (torch.load(d / "checkpoint.pt", weights_only=True) for d in (a, b))
-    for name in study.build(settings(model), CPU)[0]:
-        assert all(torch.equal(left[name][key], right[name][key]) for key in left[name])
+def test_an_interrupted_run_continues_bitwise(tmp_path, model, images, classifier):
+    def trained(folder):
+        run = common.Run(tmp_path / folder, settings(model, epochs=3, batch_size=8))
+        study.train(run, images, images, classifier.predict(images)[0], classifier, ARGS)
+        history = [row | {"seconds": 0} for row in run.history]
+        return history, torch.load(tmp_path / folder / "checkpoint.pt", weights_only=True)
+    history, whole = trained("whole")
+    interrupt_after_epoch(2, lambda: trained("parts"))
+    again, parts = trained("parts")
+    assert history == again and len(history) == 3
+    for name in set(whole) - {"progress"}:
+        torch.testing.assert_close(whole[name], parts[name], rtol=0, atol=0)
 
 
 def test_every_epoch_sees_each_image_once_in_a_new_order_and_the_tuned_rates_decay(
@@ -306,28 +287,25 @@ def test_every_epoch_sees_each_image_once_in_a_new_order_and_the_tuned_rates_dec
         rates.append([optimizer.param_groups[0]["lr"] for optimizer in optimizers.values()])
         return real(nets, optimizers, x, config)
     monkeypatch.setattr(study, "gan_step", watched)
-    x = torch.rand(64, 1, 28, 28)
-    x[:, 0, 0, 0] = torch.arange(64) / 255  # its own number in a corner
-    run = common.Run(tmp_path / "run", settings("tuned-gan", epochs=4, lr=4e-3))
-    args = types.SimpleNamespace(compile=False, samples=100)
-    study.train(run, x, x, classifier.predict(x)[0], classifier, args)
+    x = torch.rand(32, 1, 28, 28)
+    x[:, 0, 0, 0] = torch.arange(32) / 255  # its own number in a corner
+    run = common.Run(tmp_path / "run", settings("tuned-gan", epochs=4, lr=4e-3, batch_size=16))
+    study.train(run, x, x, classifier.predict(x)[0], classifier, ARGS)
     epochs = [a + b for a, b in zip(seen[::2], seen[1::2], strict=True)]
-    assert all(sorted(epoch) == list(range(64)) for epoch in epochs)
+    assert all(sorted(epoch) == list(range(32)) for epoch in epochs)
     assert len(set(map(tuple, epochs))) == 4
-    assert torch.tensor(rates[::2]).allclose(
-        torch.tensor([[4e-3, 4e-3]]) * torch.tensor([[1], [0.75], [0.5], [0.25]]))
+    assert np.allclose(rates[::2], [[4e-3] * 2, [3e-3] * 2, [2e-3] * 2, [1e-3] * 2])
 
 
 def test_the_best_epoch_of_a_hybrid_is_fine_tuned_and_still_reconstructs():
-    config = settings("vae-gan", epochs=6, stage_epochs=2)
-
     def best(fids, reconstructions):
         history, merits = [], []
         for fid, nats in zip(fids, reconstructions, strict=True):
             row = {"val_fid": fid, "val_reconstruction": nats}
-            merits.append(study.merit(config, len(history) + 1, row, history))
+            merits.append(study.merit(settings("vae-gan", stage_epochs=2), len(history) + 1, row,
+                                      history))
             history.append(row)
-        return 1 + min(range(len(merits)), key=merits.__getitem__)
+        return 1 + merits.index(min(merits))
     fids, nats = [9, 1, 2, 2, 3, 8], [90, 80, 80, 80, 100, 83]
     assert [best(fids[:n], nats[:n]) for n in (1, 2, 4, 5, 6)] == [1, 2, 2, 5, 6]
     assert best([9, 1, 2, 2, 9, 8], [90, 80, 80, 80, 100, 140]) == 5  # it loses the least
@@ -337,10 +315,10 @@ def test_mnist_alone_runs_where_fashion_mnist_cannot_be_had(monkeypatch, capsys)
     def load(name, folder):
         if name == "fashion-mnist":
             raise common.UserError("no FashionMNIST here")
-        return common.glyphs()._replace(name="mnist")
+        return types.SimpleNamespace(name="mnist")
     monkeypatch.setattr(common, "load_data", load)
     assert list(study.load_datasets(study.parse_args([]))) == ["mnist"]
-    assert "no FashionMNIST here; running MNIST alone" in capsys.readouterr().out
+    assert "no FashionMNIST here" in capsys.readouterr().out
     with pytest.raises(common.UserError):
         study.load_datasets(study.parse_args(["--dataset", "fashion-mnist"]))
 
@@ -348,19 +326,15 @@ def test_mnist_alone_runs_where_fashion_mnist_cannot_be_had(monkeypatch, capsys)
 # ------------------------------------------------------------------------------------------- report
 
 
-def finished(model, fid=1.0, seed=0, history=None, **own):
+def finished(model, fid=1.0, seed=0, **own):
     """A finished run as the report sees it."""
     config = settings(model, dataset="mnist", batch_size=64, train_size=55_000, seed=seed,
-                      epochs=30 if model in ("tuned-gan", "vae-gan") else 10,
-                      lr=1e-3 if model == "tuned-gan" else 2e-4) | own
-    epoch = {"val_fid": fid, "val_entropy": 2.3, "val_classes": 10, "accuracy_real": 0.7,
-             "accuracy_fake": 0.7}
-    metrics = {"fid": fid, "n": 10_000, "best_epoch": 1, "entropy": 2.3, "classes": 10,
-               "recall": 0.8, "precision": 0.9, "coverage": 0.9, "copying": 1.0,
-               "elbo": {"loss": 100.0, "reconstruction": 80.0},
-               "scale": {"real": {"fid": 0.1, "entropy": 2.3, "classes": 10, "recall": 0.9,
-                                  "precision": 0.9}, "pixel_entropy": 45.0}}
-    return {"config": config, "metrics": metrics, "history": history or [epoch] * 6}
+                      **study.epochs_and_rate(model, 10, 2e-4)) | own
+    images = {"fid": 0.1, "entropy": 2.3, "classes": 10, "recall": 0.9, "precision": 0.9}
+    metrics = images | {"fid": fid, "n": 10_000, "best_epoch": 1,
+                        "scale": {"real": images, "pixel_entropy": 45.0}}
+    epoch = {"val_fid": fid, "accuracy_real": 0.6, "accuracy_fake": 0.8}
+    return {"config": config, "metrics": metrics, "history": [epoch] * 6}
 
 
 def test_rows_and_folders_are_named_by_values():
@@ -374,32 +348,25 @@ def test_rows_and_folders_are_named_by_values():
     assert study.variant(config) == "mnist/MNIST_VAE_30_epochs_latent4_bfloat16"
 
 
-def test_answers_follow_the_numbers():
+def test_the_report_follows_the_numbers():
     runs = []
     for seed in range(3):
-        for z, fid in [(32, 1.0), (128, 2.0)]:
-            runs.append(finished("gan", fid + 0.01 * seed, seed, z_dim=z))
-            runs.append(finished("gan", 3 * fid + 0.02 * seed, seed, z_dim=z, loss="bce"))
-        runs.append(finished("vae", 9.0, seed, latent_dim=8, epochs=30))
-        runs.append(finished("vae-gan", 2.0 + 0.1 * seed, seed, latent_dim=8))
-    runs[-1]["metrics"]["recall"] = 0.1
+        for model, fid, own in [("gan", 1.0, {}), ("gan", 3.0, {"loss": "bce"}),
+                                ("vae-gan", 2.0, {"latent_dim": 8})]:
+            own = {"z_dim": 32} | own if model == "gan" else own
+            runs.append(finished(model, fid + 0.01 * seed, seed, precision="bfloat16", **own))
+        runs.append(finished("vae", 9.0, seed, latent_dim=8, epochs=30))  # float32
+    runs[2]["metrics"]["recall"] = 0.1
     table = study.rows(runs)
-    text = "\n".join(study.four_answers(table))
-    for line in ["MNIST, z 32: GAN hinge has a lower FID / floor than GAN bce",
-                 "MNIST, GAN hinge: z 128 has a higher FID / floor than z 32",
-                 "MNIST, latent 8: VAE-GAN has a lower FID / floor than VAE 30 epochs",
-                 "VAE-GAN latent 8 has a higher FID / floor than GAN hinge z 32"]:
-        assert line in text
-    counts, collapsed = study.collapsed_runs(table)
-    assert counts == "Called collapsed: 0 of 12 GANs, 0 of 3 VAEs, 1 of 3 VAE-GANs."
-    assert len(collapsed.splitlines()) == 3 and "VAE-GAN" in collapsed
-    assert "GAN hinge z 32 10.1 ± 0.1" in study.answer(table)[0]
-
-
-def test_a_steady_fall_of_fid_is_no_instability():
-    rows = [{"val_fid": 100 * 0.9**e, "accuracy_real": 0.6, "accuracy_fake": 0.8}
-            for e in range(10)]
-    assert study.stability(rows) == pytest.approx({"spread": 0, "errors": 0.6}, abs=1e-9)
-    for e, row in enumerate(rows):
-        row["val_fid"] *= math.exp(0.3 * (-1) ** e)
-    assert study.stability(rows)["spread"] > 0.5
+    hinge, hybrid = ("MNIST bfloat16", "GAN hinge", "z 32"), ("MNIST bfloat16", "VAE-GAN",
+                                                              "latent 8")
+    assert study.best_of(table, "MNIST", "GAN") == hinge
+    assert study.best_of(table, "MNIST bfloat16", "VAE") is None
+    found = {name: [pair for pair in chosen if pair[0] in table and pair[1] in table]
+             for name, chosen in study.pairs(table).items()}
+    assert found["hybrids"] == [(hybrid, ("MNIST", "VAE 30 epochs", "latent 8")), (hybrid, hinge)]
+    assert found["GANs"] == [(hinge, ("MNIST bfloat16", "GAN bce", "z 32"))]
+    assert "GAN hinge z 32 10.1 ± 0.1" in study.answer(table)
+    assert study.collapsed(table) == {hybrid: {0: table[hybrid][0]}}
+    assert table[hinge][0]["errors"] == pytest.approx(0.6)
+    assert list(table).count(("MNIST", "real images", "")) == 1
