@@ -368,7 +368,7 @@ def discriminators_step(nets: dict, optimizers: dict, x: Tensor, config: dict) -
             "accuracy_z_fake": (fake_code < 0).float().mean()}
 
 
-def hinge_of_codes(nets: dict, x: Tensor, config: dict, image_weight: float) -> Tensor:
+def codes_loss(nets: dict, x: Tensor, config: dict, image_weight: float) -> Tensor:
     """How badly H's codes of fresh noise deceive D_z and, as images of G, D: H's loss."""
     z = nets["H"](torch.randn(len(x), noise_dim(config), device=x.device))
     code_logits, image_logits = nets["D_z"](z), nets["D"](nets["G"](z))
@@ -380,8 +380,8 @@ def codes_step(nets: dict, optimizers: dict, x: Tensor, config: dict) -> dict[st
     """The hybrid's second stage: H learns, while the VAE stays as it is."""
     found = discriminators_step(nets, optimizers, x, config)
     with autocast(x, config):
-        h_loss = hinge_of_codes(nets, x, config, FROZEN_IMAGES)
-    update([optimizers["H"]], ADVERSARIAL * h_loss)
+        h_loss = codes_loss(nets, x, config, FROZEN_IMAGES)
+    update([optimizers["H"]], ADVERSARIAL * h_loss)  # Adam's step is the same without the factor
     return found | {"h_loss": h_loss}
 
 
@@ -389,7 +389,7 @@ def vae_gan_step(nets: dict, optimizers: dict, x: Tensor, config: dict) -> dict[
     """The hybrid's third stage: the VAE learns too, to reconstruct and to deceive at once."""
     found = discriminators_step(nets, optimizers, x, config)
     with autocast(x, config):
-        h_loss = hinge_of_codes(nets, x, config, image_weight=1)
+        h_loss = codes_loss(nets, x, config, image_weight=1)
         losses = elbo_losses(nets["E"], nets["G"], x)
     update([optimizers["E"], optimizers["G"], optimizers["H"]],
            losses["loss"] + ADVERSARIAL * h_loss)
@@ -600,12 +600,13 @@ NAMES = ["data", "model", "size of z"]
 SIZES = ["z 32", "z 64", "z 128"]
 COLLAPSE = {"entropy": 2.0, "classes": 10, "recall": 0.2}  # at least; fixed before the runs
 FID = ("FID / floor", "fid_ratio", 1)
-FIDS = [("FID", "fid", 2), ("floor", "floor", 3), FID, ("best epoch", "best_epoch", 1),
+FID_COLUMNS = [("FID", "fid", 2), ("floor", "floor", 3), FID, ("best epoch", "best_epoch", 1),
         ("seconds per epoch", "seconds_per_epoch", 1)]
 RECALL, ERRORS = ("recall", "recall", 2), ("D's errors", "errors", 2)
 MANIFOLD = [("precision", "precision", 2), RECALL, ("coverage", "coverage", 2)]
-IMAGES = [*MANIFOLD, ("classes", "classes", 1), ("copying", "copying", 2)]
 ELBO = [("reconstruction", "elbo.reconstruction", 2), ("−ELBO", "elbo.loss", 2)]
+GAN_COLUMNS = [*MANIFOLD, ("classes", "classes", 1), ("copying", "copying", 2), ERRORS]
+VAE_COLUMNS = [*GAN_COLUMNS[:-1], *ELBO]
 # panels of losses: title, loss of the GANs, columns of the history, what a blind D gives
 GAN_LOSSES = [("hinge: D, dashed G", "hinge", ["d_loss", "g_loss"], [2, 0]),
               ("bce: D, dashed G", "bce", ["d_loss", "g_loss"], [2 * math.log(2), math.log(2)])]
@@ -821,7 +822,10 @@ def collapsed(table: dict) -> dict:
 
 
 def strips(path: Path, runs: list[dict], pattern: str, columns: int = 16) -> list[Path]:
-    """Draw the strips whose files match, of the first seed of each row. [path], or [] of none."""
+    """Draw the strips whose files match, of the first seed of each row, into one picture.
+
+    Returns [path], or [] where there is none.
+    """
     shown = {}
     for run in runs:
         files = sorted(run["folder"].glob(pattern))
@@ -907,7 +911,7 @@ def report(root: Path) -> None:
     runs = all_runs(root)
     gans, vaes = select(runs, "gan", "tuned-gan"), select(runs, "vae", "vae-gan")
     table = rows(runs)
-    answers, fids = answer(table), common.results_table(table, NAMES, FIDS)
+    answers, fids = answer(table), common.results_table(table, NAMES, FID_COLUMNS)
     print(f"\n{answers}\n\n{fids}")
 
     def links(files: list[Path]) -> str:
@@ -921,9 +925,9 @@ def report(root: Path) -> None:
         "## Summary", f"**Answer.**\n\n{answers}",
         "Every epoch is chosen on validation images; ± is the standard deviation over n seeds. "
         f"Pictures are of the first seed. {common.glossary(root)}",
-        "## Part 1: GANs", common.results_table(rows(gans), NAMES, [*IMAGES, ERRORS]),
+        "## Part 1: GANs", common.results_table(rows(gans), NAMES, GAN_COLUMNS),
         links(strips(root / "GANs.png", gans, "samples.png")),
-        "## Part 2: VAEs and hybrids", common.results_table(rows(vaes), NAMES, [*IMAGES, *ELBO]),
+        "## Part 2: VAEs and hybrids", common.results_table(rows(vaes), NAMES, VAE_COLUMNS),
         links(strips(root / "VAEs_and_hybrids.png", vaes, "samples.png")),
         links(strips(root / "reconstructions.png", vaes, "reconstructions.png", 10)),
         "## Gallery of generated images",
