@@ -716,6 +716,7 @@ def all_runs(root: Path) -> list[dict]:
 
 
 def select(runs: list[dict], *models: str) -> list[dict]:
+    """The runs of these models."""
     return [run for run in runs if run["config"]["model"] in models]
 
 

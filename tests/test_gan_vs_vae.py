@@ -177,6 +177,9 @@ def test_bfloat16_is_of_the_networks_alone(model, stage, images):
         losses[precision] = study.step(nets, optimizers, images, config, stage)
         assert {value.dtype for value in losses[precision].values()} == {torch.float32}
         assert next(nets["G"].parameters()).dtype == torch.float32
+        if "D_z" in nets:
+            with study.autocast(images, config):
+                assert nets["D_z"](torch.rand(16, 4)).dtype == torch.float32
     key = "d_loss" if model == "gan" else "loss"
     full, half = (losses[precision][key].item() for precision in ["float32", "bfloat16"])
     assert full != half == pytest.approx(full, rel=0.02)
