@@ -608,8 +608,9 @@ ELBO = [("reconstruction", "elbo.reconstruction", 2), ("−ELBO", "elbo.loss", 2
 GAN_COLUMNS = [*MANIFOLD, ("classes", "classes", 1), ("copying", "copying", 2), ERRORS]
 VAE_COLUMNS = [*GAN_COLUMNS[:-1], *ELBO]
 # panels of losses: title, loss of the GANs, columns of the history, what a blind D gives
-GAN_LOSSES = [("hinge: D, dashed G", "hinge", ["d_loss", "g_loss"], [2, 0]),
-              ("bce: D, dashed G", "bce", ["d_loss", "g_loss"], [2 * math.log(2), math.log(2)])]
+GAN_LOSSES = [("hinge: D, dashed G, dotted a blind D", "hinge", ["d_loss", "g_loss"], [2, 0]),
+              ("bce: D, dashed G, dotted a blind D", "bce", ["d_loss", "g_loss"],
+               [2 * math.log(2), math.log(2)])]
 VAE_LOSSES = [("−ELBO, validation, nats", None, ["val_loss"], []),
               ("reconstruction, nats", None, ["val_reconstruction"], []),
               ("KL, nats", None, ["val_kl"], [])]
@@ -860,10 +861,10 @@ def plot_losses(path: Path, runs: list[dict], panels: list[tuple]) -> None:
                         values = [epoch[column] for epoch in run["history"]]
                         axes.plot(epochs, values, color + style, lw=1)
             for value in blind:
-                axes.axhline(value, color="k", lw=0.8, ls=":", label="a blind D")
+                axes.axhline(value, color="k", lw=0.8, ls=":")
             for name, color in colors.items():
                 axes.plot([], [], color, label=", ".join(name))
-            axes.legend(fontsize=7)
+            axes.legend(fontsize=7, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.2))
     common.save_figure(path, figure)
 
 
