@@ -37,6 +37,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 from torchvision.utils import save_image
 
@@ -50,6 +51,7 @@ TRAIN_SIZE = 55_000  # of the 60,000; the others are for validation
 IMPORTANCE_SAMPLES = 5000  # codes for each estimate of log p(x)
 N_PAIRS = 1000  # pairs of test images to interpolate between
 FRACTIONS = torch.linspace(0, 1, 11)  # of the way from one image to the other
+LOSSES = ["loss", "reconstruction", "kl"]  # what `objective` returns
 
 
 def parse_args(argv=None):
@@ -78,22 +80,26 @@ def configurations(args, dataset: str) -> list[dict]:
     fixed["k"] = args.k if args.objective == "iwae" else 1
     fixed["train_size"] = args.train_size or TRAIN_SIZE
     configs = []
-    for latent_dim, optimizer, lr, seed in itertools.product(
-            args.latent_dim, args.optimizer, args.lr, args.seeds):
-        configs.append({**fixed, "latent_dim": latent_dim, "optimizer": optimizer, "lr": lr,
-                        "seed": seed})
+    sweep = itertools.product(args.latent_dim, args.optimizer, args.lr, args.seeds)
+    for latent_dim, optimizer, lr, seed in sweep:
+        own = {"latent_dim": latent_dim, "optimizer": optimizer, "lr": lr, "seed": seed}
+        configs.append(fixed | own)
     return configs
 
 
 def row_name(config: dict) -> tuple[str, ...]:
     """A run without its seed, as tables name it: ('mlp 500', '20-D', 'binarised', 'ELBO', …)."""
-    net = " ".join([config["arch"], "-".join(map(str, config["hidden"]))]).strip()
-    pixels = "grey" if config["binarize"] == "none" else "binarised"
-    bound = "ELBO" if config["objective"] == "elbo" else f"IWAE {config['k']}"
-    changed = common.suffix(config, epochs=EPOCHS, batch_size=BATCH_SIZE, train_size=TRAIN_SIZE,
-                            precision="float32").replace("_", " ")
-    return (net, f"{config['latent_dim']}-D", pixels, bound,
-            f"{config['optimizer']} {config['lr']:g}{changed}")
+    net, pixels, bound = config["arch"], "binarised", "ELBO"
+    if net == "mlp":
+        net += " " + "-".join(map(str, config["hidden"]))
+    if config["binarize"] == "none":
+        pixels = "grey"
+    if config["objective"] == "iwae":
+        bound = f"IWAE {config['k']}"
+    training = f"{config['optimizer']} {config['lr']:g}"
+    training += common.suffix(config, epochs=EPOCHS, batch_size=BATCH_SIZE, train_size=TRAIN_SIZE,
+                              precision="float32").replace("_", " ")
+    return net, f"{config['latent_dim']}-D", pixels, bound, training
 
 
 def variant(config: dict) -> str:
@@ -148,9 +154,10 @@ class VAE(nn.Module):
 
     def __init__(self, config: dict):
         super().__init__()
-        d = config["latent_dim"]
-        nets = conv(d) if config["arch"] == "conv" else mlp(d, config["hidden"])
-        self.encoder, self.decoder = nets
+        if config["arch"] == "conv":
+            self.encoder, self.decoder = conv(config["latent_dim"])
+        else:
+            self.encoder, self.decoder = mlp(config["latent_dim"], config["hidden"])
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of q(z | x) for images x (B, 1, 28, 28), (B, d) each."""
@@ -226,7 +233,7 @@ def objective(model: VAE, x: Tensor, config: dict) -> Tensor:
     loss = -log_mean_weight(log_w).mean()
     # only to be shown: -ELBO = reconstruction + KL, and the mean log-weight is the ELBO
     negative_elbo = -log_w.mean()
-    return torch.stack([loss, (negative_elbo - kl).detach(), kl.detach()])
+    return torch.stack([loss, negative_elbo - kl, kl])
 
 
 # ----------------------------------------------------------------------------------------- Train
@@ -245,8 +252,8 @@ def make_optimizer(name: str, model: nn.Module, lr: float) -> torch.optim.Optimi
     return torch.optim.Adagrad(model.parameters(), lr=lr, fused=device == "cpu")
 
 
-def train(run: common.Run, x_train: Tensor, x_val: Tensor, use_compile: bool) -> tuple[VAE, int]:
-    """Train, or continue from the run's checkpoint. The model of the best epoch, and that epoch.
+def train(run: common.Run, x_train: Tensor, x_val: Tensor, use_compile: bool) -> VAE:
+    """Train, or continue from the run's checkpoint. Returns the model of the best epoch.
 
     Best is the lowest validation loss. Raises Diverged when a loss is no longer finite.
     """
@@ -280,12 +287,12 @@ def train(run: common.Run, x_train: Tensor, x_val: Tensor, use_compile: bool) ->
         torch.manual_seed(common.seed_from(config["seed"], "validation"))
         val_losses = mean_losses(model, x_val, config)
         row = {}
-        for i, name in enumerate(["loss", "reconstruction", "kl"]):
+        for i, name in enumerate(LOSSES):
             row[f"train_{name}"] = train_losses[i]
             row[f"val_{name}"] = val_losses[i]
         run.log(row, best=row["val_loss"])
-    best_epoch = run.load_best(model=model)
-    return model.eval(), best_epoch
+    run.load_best(model=model)
+    return model
 
 
 @torch.no_grad()
@@ -310,33 +317,51 @@ def sample(model: VAE, n: int, config: dict, device: torch.device) -> Tensor:
 def quadrature(to_logits, x: Tensor, d: int, reach: float, points: int) -> tuple[Tensor, dict]:
     """Exact log p(x) of images x (B, P) for d = 1 or 2, (B,) float64, and two checks of it.
 
-    The trapezoidal rule on `points` (odd) per axis over [-reach, reach] converges faster than any
-    power of the spacing once that is below the posterior's width. Checks, the largest over images:
+    p(x) is the integral of p(x | z) p(z): the sum over a grid of codes, `points` (odd) per axis
+    over [-reach, reach], times a cell's volume. Its error falls faster than any power of the
+    spacing once that is below the posterior's width. Checks, the largest over images:
     "refinement_change" against every second point (nats), and "outer_mass", the posterior's share
     in the outer tenth of the range.
     """
-    # a grid of codes (G, d), and which of them are on the coarse grid and in the outer tenth
     axis = torch.linspace(-reach, reach, points)
-    even = torch.arange(points) % 2 == 0
-    z, is_even = axis[:, None], even
-    if d == 2:
-        z = torch.cartesian_prod(axis, axis)
-        is_even = torch.cartesian_prod(even, even).all(1)
-    is_outer = z.abs().amax(1) > 0.9 * reach
-    log_cell = d * math.log(2 * reach / (points - 1))  # log of a grid cell's volume
+    z = torch.cartesian_prod(*[axis] * d).view(-1, d)  # the grid, (G, d)
+    number = torch.cartesian_prod(*[torch.arange(points)] * d).view(-1, d)
+    is_coarse = (number % 2 == 0).all(1)  # every second point of each axis
+    is_outer = (z.abs() > 0.9 * reach).any(1)
+
+    log_prior = -0.5 * (z.double().square().sum(1) + d * math.log(2 * math.pi))
+    log_volume = d * math.log(2 * reach / (points - 1))
+    log_cell = log_prior + log_volume  # the prior's share of each cell
+
+    # log of sums over the grid, a part of it at a time
     fine = torch.full((len(x),), -math.inf, dtype=torch.float64)
     coarse, outer = fine.clone(), fine.clone()
     for part in torch.arange(len(z)).split(5_000_000 // max(x.shape)):
         logits = to_logits(z[part].to(x.device)).flatten(1)  # (g, P)
+        # log_likelihood of every image at every code, as one product of matrices
         log_px = logits @ x.T - F.softplus(logits).sum(1, keepdim=True)  # (g, B)
-        log_prior = -0.5 * (z[part].double().square().sum(1) + d * math.log(2 * math.pi))
-        log_joint = log_px.cpu().double() + (log_cell + log_prior)[:, None]
+        log_joint = log_px.cpu().double() + log_cell[part, None]
         fine = torch.logaddexp(fine, log_joint.logsumexp(0))
-        coarse = torch.logaddexp(coarse, log_joint[is_even[part]].logsumexp(0))
+        coarse = torch.logaddexp(coarse, log_joint[is_coarse[part]].logsumexp(0))
         outer = torch.logaddexp(outer, log_joint[is_outer[part]].logsumexp(0))
     coarse += d * math.log(2)  # its cells are twice as wide
     return fine, {"refinement_change": (fine - coarse).abs().max().item(),
                   "outer_mass": (outer - fine).exp().max().item()}
+
+
+def exact_likelihood(model: VAE, x: Tensor, mu: Tensor, logvar: Tensor) -> tuple[Tensor, dict]:
+    """`quadrature` of images x (B, 784) on a grid that fits their q(z | x), mu and logvar (B, d).
+
+    The grid reaches beyond every posterior and is as fine as the narrowest, within bounds that
+    only a net that has collapsed comes to.
+    """
+    d = mu.shape[1]
+    sigma = (0.5 * logvar).exp().clamp(min=1e-6)
+    reach = (mu.abs() + 8 * sigma).max().item()
+    reach = min(max(8.0, reach), 1e6)
+    most_steps = 10_000 if d == 1 else 800
+    steps = min(math.ceil(2 * reach / sigma.min().item()), most_steps)
+    return quadrature(model.to_logits, x, d, reach, 2 * steps + 1)
 
 
 @torch.no_grad()
@@ -352,46 +377,55 @@ def start_codes(model: VAE, x: Tensor, mu: Tensor) -> Tensor:
     log_px = x @ logits.T - F.softplus(logits).sum(1)  # (B, 4000)
     best, index = (log_px - 0.5 * z.square().sum(1)).max(1)
     at_mu = log_likelihood(model.to_logits, mu[None], x)[0] - 0.5 * mu.square().sum(1)
-    return torch.where((best > at_mu)[:, None], z[index], mu)
+    is_better = best > at_mu
+    return torch.where(is_better[:, None], z[index], mu)
 
 
-def estimate_likelihood(model: VAE, x: Tensor, d: int, negative_elbo: float) -> dict:
+def sampled_likelihood(model: VAE, x: Tensor, mu: Tensor, logvar: Tensor) -> tuple[Tensor, ...]:
+    """By sampling codes of images x (B, 784): the ELBO (1,000 codes each), log p(x)
+    (IMPORTANCE_SAMPLES codes), nats, and the effective number of the latter; (B,) float64 each.
+    """
+    log_px = functools.partial(log_likelihood, model.to_logits, x=x)
+    elbos = []
+    for _ in range(20):
+        log_w = log_weights(log_px, mu, logvar, 50)
+        elbos.append(log_w.mean(0).cpu().double())
+
+    def gradient(logits: Tensor, x: Tensor) -> Tensor:  # of log p(x | z) by the logits
+        return x - logits.sigmoid()
+
+    def variance(logits: Tensor) -> Tensor:  # of the Bernoulli: minus the second derivative
+        return logits.sigmoid() * (-logits).sigmoid()
+
+    proposal = common.laplace(model.to_logits, x, start_codes(model, x, mu), gradient, variance)
+    log_p, effective = common.importance_sampling(log_px, *proposal, IMPORTANCE_SAMPLES)
+    return torch.stack(elbos).mean(0), log_p, effective
+
+
+@torch.no_grad()
+def estimate_likelihood(model: VAE, x: Tensor, negative_elbo: float) -> dict:
     """log p(x) of test images x by importance sampling, and for d <= 2 exactly; nats.
 
     "nll" is for the whole test set: its -ELBO less the mean "gap" between log p(x) and the ELBO of
-    these images. For the gap their ELBO is taken with 1,000 codes each.
+    these images.
     """
+    x = x.flatten(1)
     parts = []
-    for images in common.progress(x.flatten(1).split(100), f"log p(x) of {len(x)} images"):
-        log_px = functools.partial(log_likelihood, model.to_logits, x=images)
-        with torch.no_grad():
-            mu, logvar = model.encode(images.view(-1, 1, 28, 28))
-            elbos = []
-            for _ in range(20):
-                elbos.append(log_weights(log_px, mu, logvar, 50).mean(0).cpu().double())
-            start = start_codes(model, images, mu)
-        # of the Bernoulli: its gradient by the logits, and its variance
-        proposal = common.laplace(
-            model.to_logits, images, start, residual=lambda logits, x: x - logits.sigmoid(),
-            weight=lambda logits: logits.sigmoid() * (-logits).sigmoid())
-        estimate, ess = common.importance_sampling(log_px, *proposal, IMPORTANCE_SAMPLES)
-        parts.append([mu.cpu(), logvar.cpu(), torch.stack(elbos).mean(0), estimate, ess])
-    mu, logvar, elbo, estimate, ess = (torch.cat(column) for column in zip(*parts, strict=True))
+    for images in common.progress(x.split(100), f"log p(x) of {len(x)} images"):
+        q = model.encode(images.view(-1, 1, 28, 28))
+        parts.append([*q, *sampled_likelihood(model, images, *q)])
+    mu, logvar, elbo, log_p, effective = (
+        torch.cat(column).cpu() for column in zip(*parts, strict=True))
     metrics = {"n": len(x), "k": IMPORTANCE_SAMPLES}
-    metrics["nll_subset"] = -estimate.mean().item()
-    metrics["ess_median"] = ess.median().item()
-    metrics["ess_below_10"] = (ess < 10).double().mean().item()
-    gap = estimate - elbo
-    if d <= 2:
-        # a grid beyond every posterior, as fine as the narrowest
-        sigma = (0.5 * logvar).exp()
-        sigma = sigma.clamp(min=1e-6)  # of a net that has collapsed
-        reach = min(max(8.0, (mu.abs() + 8 * sigma).max().item()), 1e6)
-        steps = min(math.ceil(2 * reach / sigma.min().item()), 10_000 if d == 1 else 800)
-        exact, checks = quadrature(model.to_logits, x.flatten(1), d, reach, 2 * steps + 1)
+    metrics["nll_subset"] = -log_p.mean().item()
+    metrics["ess_median"] = effective.median().item()
+    metrics["ess_below_10"] = (effective < 10).double().mean().item()
+    gap = log_p - elbo
+    if mu.shape[1] <= 2:
+        exact, checks = exact_likelihood(model, x, mu, logvar)
         metrics |= checks
         metrics["exact_subset"] = -exact.mean().item()
-        metrics["largest_difference"] = (exact - estimate).abs().max().item()
+        metrics["largest_difference"] = (exact - log_p).abs().max().item()
         gap = exact - elbo
     metrics["gap"] = gap.mean().item()
     metrics["gap_standard_error"] = gap.std().item() / math.sqrt(len(x))
@@ -421,58 +455,48 @@ def slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
     return torch.where(angle.sin() > 1e-4, arc, lerp(a, b, t))
 
 
-def interpolate(data: common.Data, mu: Tensor, decode, classifier, grey: bool) -> tuple[dict, dict]:
+def interpolate(data: common.Data, mu: Tensor, decode, classifier) -> tuple[dict, Tensor]:
     """How sure is the classifier of images between two test images of different classes?
 
-    mu (10000, d) are the codes of the test images. Shares with p >= 0.9 at each of the eleven
-    places, by path: "linear" and "spherical" between codes; for a model of grey pixels also
-    "pixels" between the images themselves, and "real" for test images. Then the images of the
-    first six pairs by path, (6, 11, 1, 28, 28).
+    mu (10000, d) are the codes of the test images. Returns the shares with p >= 0.9 at each of the
+    eleven places on a line and on an arc between the codes, and the images of the first six pairs,
+    (6, 2, 11, 1, 28, 28).
     """
-    order = torch.randperm(len(data.x_test), generator=common.generator("interpolation"))
-    a, b = order[:len(order) // 2], order[len(order) // 2:]
+    order = torch.randperm(len(mu), generator=common.generator("interpolation"))
+    a, b = order.view(2, -1)
     differs = data.y_test[a] != data.y_test[b]
     a, b = a[differs][:N_PAIRS], b[differs][:N_PAIRS]
-
-    def is_sure(x: Tensor) -> Tensor:
-        return (classifier.predict(x)[1].amax(1) >= 0.9).double()
-
-    paths = {"linear": decode(lerp(mu[a], mu[b], FRACTIONS).flatten(0, 1)),
-             "spherical": decode(slerp(mu[a], mu[b], FRACTIONS).flatten(0, 1))}
-    shares = {"pairs": len(a)}
-    if grey:
-        x_a, x_b = data.x_test[a], data.x_test[b]
-        shares["real"] = is_sure(torch.cat([x_a, x_b])).mean().item()
-        paths["pixels"] = lerp(x_a.flatten(1), x_b.flatten(1), FRACTIONS).view(-1, 1, 28, 28)
-    for name, x in paths.items():
-        shares[name] = is_sure(x).view(len(a), len(FRACTIONS)).mean(0).tolist()
-        paths[name] = x.view(len(a), len(FRACTIONS), 1, 28, 28)[:6]
-    return shares, paths
+    shares, images = {"pairs": len(a)}, []
+    for name, path in [("linear", lerp), ("spherical", slerp)]:
+        codes = path(mu[a], mu[b], FRACTIONS)  # (pairs, 11, d)
+        x = decode(codes.flatten(0, 1))
+        probability = classifier.predict(x)[1].amax(1).view(codes.shape[:2])
+        shares[name] = (probability >= 0.9).double().mean(0).tolist()
+        images.append(x.view(*codes.shape[:2], 1, 28, 28)[:6])
+    return shares, torch.stack(images, 1)
 
 
-def evaluate(run: common.Run, model: VAE, best_epoch: int, data: common.Data, classifier,
-             train_features: Tensor, n_likelihood: int, device: torch.device) -> dict:
-    """The metrics of a trained model, and its pictures.
-
-    train_features are the classifier's for 10,000 training images: they give the FID's floor.
-    """
-    config, grey = run.config, run.config["binarize"] == "none"
-    x_test = data.x_test if grey else binarize(data.x_test, "test")
+def evaluate(run: common.Run, model: VAE, data: common.Data, classifier, fid_floor: float,
+             n_likelihood: int, device: torch.device) -> dict:
+    """The metrics of a trained model, and its pictures."""
+    config = run.config
+    x_test = data.x_test
+    if config["binarize"] == "dynamic":
+        x_test = binarize(x_test, "test")
     x_test = x_test.to(device)
     decode = functools.partial(common.in_chunks, model.decode, device=device)
     print("measuring the bound and samples ...", flush=True)
-    metrics = {"best_epoch": best_epoch, "validation": {}}
-    for name in ["loss", "reconstruction", "kl"]:
-        metrics["validation"][name] = run.history[best_epoch - 1][f"val_{name}"]
+    best = run.history[run.best_epoch - 1]
+    metrics = {"best_epoch": run.best_epoch}
+    metrics["validation"] = {name: best[f"val_{name}"] for name in LOSSES}
     metrics["parameters"] = sum(weight.numel() for weight in model.parameters())
 
     # the bound of the test images: ten codes an image, so that the noise is below 0.02 nats
     torch.manual_seed(common.seed_from(config["seed"], "test"))
-    elbo_config = {**config, "objective": "elbo"}
+    elbo_config = config | {"objective": "elbo"}
     passes = [mean_losses(model, x_test, elbo_config) for _ in range(10)]
-    _, reconstruction, kl = np.mean(passes, 0).tolist()
-    negative_elbo = reconstruction + kl
-    metrics |= {"negative_elbo": negative_elbo, "reconstruction": reconstruction, "kl": kl}
+    _, metrics["reconstruction"], metrics["kl"] = np.mean(passes, 0).tolist()
+    metrics["negative_elbo"] = metrics["reconstruction"] + metrics["kl"]
     if config["objective"] == "iwae":
         metrics["negative_iwae"] = mean_losses(model, x_test, config)[0]
     metrics["pixel_entropy"] = common.pixel_entropy(data.x_test)
@@ -480,7 +504,7 @@ def evaluate(run: common.Run, model: VAE, best_epoch: int, data: common.Data, cl
     # what the bound hides
     order = torch.randperm(len(x_test), generator=common.generator("likelihood"))
     chosen = x_test[order[:n_likelihood].to(device)]
-    metrics["likelihood"] = estimate_likelihood(model, chosen, config["latent_dim"], negative_elbo)
+    metrics["likelihood"] = estimate_likelihood(model, chosen, metrics["negative_elbo"])
 
     # how the latent dimensions are used
     mu, logvar = common.in_chunks(model.encoder, x_test, device).chunk(2, dim=1)  # (10000, d) each
@@ -491,11 +515,15 @@ def evaluate(run: common.Run, model: VAE, best_epoch: int, data: common.Data, cl
     samples = sample(model, len(x_test), config, device)
     features = classifier.predict(samples)[0]
     metrics["fid"] = common.frechet_distance(features, classifier.test_features)
-    metrics["fid_floor"] = common.frechet_distance(train_features, classifier.test_features)
-    metrics["interpolation"], paths = interpolate(data, mu, decode, classifier, grey)
+    metrics["fid_floor"] = fid_floor
+    metrics["interpolation"], between = interpolate(data, mu, decode, classifier)
     metrics |= {"classifier": classifier.identity, **run.timing()}
     metrics = run.finish(metrics)
-    figures(run, data, x_test.cpu(), mu, samples, decode, paths)
+
+    # rows of twenty: two test images of each digit, their reconstructions, five rows of samples
+    two_each = torch.cat([(data.y_test == digit).nonzero()[:2, 0] for digit in range(10)])
+    images = torch.cat([x_test[two_each].cpu(), decode(mu[two_each]), samples[:100]])
+    figures(run, images, mu, data.y_test, decode, between)
     return metrics
 
 
@@ -509,100 +537,103 @@ COLUMNS = [
     ("FID / floor", "fid_ratio", 1)]
 DIFFERENCES = [("−ELBO", "negative_elbo", 2), ("NLL", "likelihood.nll", 2),
                ("FID / floor", "fid_ratio", 1)]
-MLP = ("mlp 500", "20-D", "binarised", "ELBO")
-BURDA = ("mlp 200-200", "50-D", "binarised")
-PAIRS = [  # each optimiser at its best rate on validation images
-    ((*MLP, "adam 0.003"), (*MLP, "adagrad 0.02")),
-    (("mlp 500-500", *MLP[1:], "adam 0.001"), (*MLP, "adam 0.001")),
-    ((*BURDA, "IWAE 5", "adam 0.001"), (*BURDA, "ELBO", "adam 0.001"))]
-PUBLISHED = {  # by student projects, which do not state their protocol, and by Burda et al. 2016
-    (*MLP, "adam 0.001"): "−ELBO 100",
-    ("mlp 500", "64-D", "grey", "ELBO", "adam 0.001"): "validation 100.35",
-    (*BURDA, "ELBO", "adam 0.001"): "NLL 86.76",
-    (*BURDA, "IWAE 5", "adam 0.001"): "NLL 85.54"}
 REAL = ("real test images", "", "grey", "", "")
+BASE = ("mlp 500", "20-D", "binarised", "ELBO", "adam 0.001")
+WIDE = ("mlp 500", "64-D", "grey", "ELBO", "adam 0.001")
+DEEP = ("mlp 500-500", "20-D", "binarised", "ELBO", "adam 0.001")
+BURDA = ("mlp 200-200", "50-D", "binarised", "ELBO", "adam 0.001")
+IWAE = ("mlp 200-200", "50-D", "binarised", "IWAE 5", "adam 0.001")
+# each optimiser at its best rate on validation images
+ADAM = ("mlp 500", "20-D", "binarised", "ELBO", "adam 0.003")
+ADAGRAD = ("mlp 500", "20-D", "binarised", "ELBO", "adagrad 0.02")
+PAIRS = [(ADAM, ADAGRAD), (DEEP, BASE), (IWAE, BURDA)]
+# by student projects, which do not state their protocol, and by Burda et al. 2016
+PUBLISHED = {BASE: "−ELBO 100", WIDE: "validation 100.35", BURDA: "NLL 86.76", IWAE: "NLL 85.54"}
 
 
-def figures(run: common.Run, data: common.Data, x_test: Tensor, mu: Tensor, samples: Tensor, decode,
-            paths: dict) -> None:
-    """Every picture of a run. mu (10000, d) are the codes of the test images."""
+def figures(run: common.Run, images: Tensor, mu: Tensor, labels: Tensor, decode,
+            between: Tensor) -> None:
+    """Every picture of a run: images (140, 1, 28, 28) in rows of twenty, the losses, the codes
+    mu (10000, d) of the test images, decoded codes, and the images `between` two of them.
+    """
     folder, d = run.folder, run.config["latent_dim"]
     name = ", ".join(row_name(run.config))
-    # rows of twenty: two test images of each digit, their reconstructions, five rows of samples
-    two_each = torch.cat([(data.y_test == digit).nonzero()[:2, 0] for digit in range(10)])
-    images = torch.cat([x_test[two_each], decode(mu[two_each]), samples[:100]])
-    save_image(1 - F.interpolate(images, scale_factor=2), folder / "samples.png", nrow=20,
-               padding=0)
+    twice_as_large = F.interpolate(images, scale_factor=2)
+    save_image(1 - twice_as_large, folder / "samples.png", nrow=20, padding=0)
     common.plot_history(folder / "losses.png", run.history, {
         "loss, nats": ["train_loss", "val_loss"],
         "reconstruction, nats": ["train_reconstruction", "val_reconstruction"],
         "KL, nats": ["train_kl", "val_kl"]})
-    common.plot_codes(folder / "codes.png", mu.numpy(), data.y_test.numpy(), f"{name}: codes")
+    common.plot_codes(folder / "codes.png", mu.numpy(), labels.numpy(), f"{name}: codes")
 
-    z = torch.special.ndtri((torch.arange(20) + 0.5) / 20)[:, None]  # quantiles of the prior
-    if d == 2:
-        z = torch.cartesian_prod(z[:, 0].flip(0), z[:, 0]).flip(1)  # up is up
+    z = torch.special.ndtri((torch.arange(20) + 0.5) / 20)  # twenty quantiles of the prior
+    if d == 1:
+        z = z[:, None]
+    elif d == 2:  # a plane: from left to right, and from below to above
+        z = torch.cartesian_prod(z.flip(0), z).flip(1)
     if d <= 2:
         common.save_grid(folder / "decoded.png", decode(z), 20,
                          "decoded codes: from the 2.5 % to the 97.5 % quantile of the prior")
-    # six pairs of images, a row for each path between them
-    between = torch.stack(list(paths.values()), 1).flatten(0, 2)
-    common.save_grid(folder / "interpolation.png", between, len(FRACTIONS),
-                     f"{name}: between two test images", [*paths] * 6)
+    # a row for each path between each pair
+    labels = ["linear", "spherical"] * len(between)
+    common.save_grid(folder / "interpolation.png", between.flatten(0, 2), len(FRACTIONS),
+                     f"{name}: between two test images", labels)
 
 
 def rows(runs: list[dict]) -> dict:
     """Row name -> seed -> numbers: the one place where JSON becomes a table."""
-    table = {REAL: {}}
-    for run in sorted(runs, key=lambda run: row_name(run["config"])):
-        name, numbers = row_name(run["config"]), common.flat(run["metrics"])
+    table = {}
+    for run in runs:
+        config, metrics = run["config"], run["metrics"]
+        name = row_name(config)
+        numbers = common.flat(metrics)
         numbers["fid_ratio"] = numbers["fid"] / numbers["fid_floor"]
+        half_way = len(FRACTIONS) // 2
         for path in ["linear", "spherical"]:
-            shares = run["metrics"]["interpolation"][path]
-            numbers[f"{path}_half_way"] = shares[len(shares) // 2]
-        if run["config"]["latent_dim"] <= 2:
-            numbers["estimate_error"] = (
-                numbers["likelihood.nll_subset"] - numbers["likelihood.exact_subset"])
-        if run["config"]["binarize"] == "none":
+            numbers[f"{path}_half_way"] = metrics["interpolation"][path][half_way]
+        if config["latent_dim"] <= 2:
+            estimate, exact = numbers["likelihood.nll_subset"], numbers["likelihood.exact_subset"]
+            numbers["estimate_error"] = estimate - exact
+        if config["binarize"] == "none":
             del numbers["likelihood.nll"]  # a cross-entropy is no likelihood of grey pixels
-        if run["config"]["dataset"] == "mnist" and name in PUBLISHED:
+        if config["dataset"] == "mnist" and name in PUBLISHED:
             numbers["published"] = PUBLISHED[name]
-        table.setdefault(name, {})[run["config"]["seed"]] = numbers
-        # the least that a model of grey pixels can reach
-        table[REAL][None] = {"negative_elbo": numbers["pixel_entropy"], "fid_ratio": 1.0}
-    return table
+        table.setdefault(name, {})[config["seed"]] = numbers
+    # the least that a model of grey pixels can reach
+    real = {"negative_elbo": numbers["pixel_entropy"], "fid_ratio": 1.0}
+    return {REAL: {None: real}, **dict(sorted(table.items()))}
 
 
-def best_rows(table: dict) -> list[tuple]:
-    """Of binarised and of grey pixels the row with the lowest validation loss."""
-
-    def validation_loss(name: tuple) -> float:
-        return np.mean([numbers["validation.loss"] for numbers in table[name].values()])
-
-    best = []
-    for pixels in ["binarised", "grey"]:
-        names = [name for name in table if name[2] == pixels and name != REAL]
-        if names:
-            best.append(min(names, key=validation_loss))
+def best_row(table: dict, pixels: str) -> tuple | None:
+    """The row of "binarised" or of "grey" pixels with the lowest validation loss, if any."""
+    best, lowest = None, math.inf
+    for name, seeds in table.items():
+        if name[2] == pixels and name != REAL:
+            loss = np.mean([numbers["validation.loss"] for numbers in seeds.values()])
+            if loss < lowest:
+                best, lowest = name, loss
     return best
 
 
 def answer(table: dict) -> list[str]:
     """At most six lines, each a number or one comparison."""
-    lines, best = [], best_rows(table)
-    for name in best:
-        score = f"NLL {common.cell(table[name], 'likelihood.nll', 2)} nats"
-        if name[2] == "grey":
-            score = (f"−ELBO {common.cell(table[name], 'negative_elbo', 2)} nats (floor "
-                     f"{common.cell(table[REAL], 'negative_elbo', 2)})")
-        lines.append(f"Lowest validation loss: {', '.join(name)}. Test {score}, "
-                     f"n={len(table[name])}.")
+    lines = []
+    floor = common.cell(table[REAL], "negative_elbo", 2)
+    for pixels, title, key, ideal in [("binarised", "NLL", "likelihood.nll", ""),
+                                      ("grey", "−ELBO", "negative_elbo", f" (floor {floor})")]:
+        best = best_row(table, pixels)
+        if best:
+            value = common.cell(table[best], key, 2)
+            lines.append(f"Lowest validation loss: {', '.join(best)}. "
+                         f"Test {title} {value} nats{ideal}, n={len(table[best])}.")
     for a, b in PAIRS:
         lines.append(common.verdict(table, a, b, "NLL", "likelihood.nll", 2))
-    lines.append(f"Half-way between two codes of {', '.join(best[0])} the classifier is sure of "
-                 f"{common.cell(table[best[0]], 'linear_half_way', 2)} of the images on a line, "
-                 f"{common.cell(table[best[0]], 'spherical_half_way', 2)} on an arc (ideal 1).")
-    return [line for line in lines if line]
+    best = best_row(table, "binarised") or best_row(table, "grey")
+    line = common.cell(table[best], "linear_half_way", 2)
+    arc = common.cell(table[best], "spherical_half_way", 2)
+    lines.append(f"Half-way between two codes of {', '.join(best)} the classifier is sure of "
+                 f"{line} of the images on a line, {arc} on an arc (ideal 1).")
+    return list(filter(None, lines))
 
 
 def pictures(root: Path, table: dict, runs: list[dict]) -> list[str]:
@@ -611,19 +642,22 @@ def pictures(root: Path, table: dict, runs: list[dict]) -> list[str]:
     for run in runs:
         if (run["folder"] / "samples.png").exists():
             folders.setdefault(row_name(run["config"]), run["folder"])
-    from matplotlib.image import imread
 
-    strips = []
-    for folder in folders.values():  # its first row of samples, (28, 20 * 28), drawn twice as large
-        pixels = 1 - imread(folder / "samples.png")[4 * 28:6 * 28:2, ::2, 0]
-        strips.append(torch.from_numpy(pixels).view(28, 20, 28).transpose(0, 1)[:, None])
+    strips = []  # twenty samples of each net, cut from its picture
+    for folder in folders.values():
+        picture = 1 - np.array(Image.open(folder / "samples.png"))[:, :, 0] / 255
+        row = picture[4 * 28:6 * 28:2, ::2]  # (28, 20 * 28): it was twice as large
+        strips += np.split(row, 20, axis=1)
     labels = [", ".join(name) for name in folders]
-    common.save_grid(root / "samples.png", torch.cat(strips), 20, "samples", labels)
+    common.save_grid(root / "samples.png", torch.tensor(np.stack(strips))[:, None], 20, "samples",
+                     labels)
     common.plot_points(root / "negative_elbo.png", table, "negative_elbo", "−ELBO, nats per image")
+
     files = [root / "samples.png", root / "negative_elbo.png"]
+    best = [best_row(table, "binarised"), best_row(table, "grey")]
     for name, folder in folders.items():
         files += folder.glob("decoded.png")
-        if name in best_rows(table):
+        if name in best:
             files += [folder / "samples.png", folder / "codes.png", folder / "interpolation.png"]
     return common.image_links(root, files)
 
@@ -659,16 +693,17 @@ def main(argv=None) -> dict:
         return {}
     device, data, root, configs = common.begin("vae_mnist", args, configurations)
     classifier = common.load_classifier(data, device)
+    # what 10,000 real images score
     train_features = classifier.predict(data.x_train[:10_000])[0]
+    fid_floor = common.frechet_distance(train_features, classifier.test_features)
 
     def train_and_measure(run: common.Run) -> dict:
         indices = common.split(data, run.config)
         x_train, x_val = data.x_train[indices["train"]], data.x_train[indices["val"]]
         if run.config["binarize"] == "dynamic":
             x_val = binarize(x_val, run.config["seed"], "val")
-        model, best_epoch = train(run, x_train.to(device), x_val.to(device), args.compile)
-        return evaluate(run, model, best_epoch, data, classifier, train_features,
-                        args.likelihood_images, device)
+        model = train(run, x_train.to(device), x_val.to(device), args.compile)
+        return evaluate(run, model, data, classifier, fid_floor, args.likelihood_images, device)
 
     return common.run_all(configs, root, variant, args, device, train_and_measure, report,
                           measured={"likelihood.n": args.likelihood_images})
