@@ -25,8 +25,8 @@ Differences from the papers and from the two student projects that this rebuilds
  4. 5,000 of the 60,000 training images are for validation. Test images are used after training.
 
 References: Kingma and Welling 2014, arXiv:1312.6114; Burda et al. 2016, arXiv:1509.00519 (IWAE,
-active units, the 2 x 200 net); He et al. 2016, arXiv:1603.05027 (residual blocks); White 2016,
-arXiv:1609.04468 (spherical interpolation); Duchi et al. 2011 (Adagrad).
+active units, the 2 x 200 net); He et al. 2016, arXiv:1603.05027 (residual blocks); Duchi et al.
+2011 (Adagrad).
 """
 
 import functools
@@ -49,8 +49,6 @@ EPOCHS = 100
 BATCH_SIZE = 100
 TRAIN_SIZE = 55_000  # of the 60,000; the others are for validation
 IMPORTANCE_SAMPLES = 5000  # codes for each estimate of log p(x)
-N_PAIRS = 1000  # pairs of test images to interpolate between
-FRACTIONS = torch.linspace(0, 1, 11)  # of the way from one image to the other
 LOSSES = ["loss", "reconstruction", "kl"]  # what `objective` returns
 
 
@@ -314,42 +312,28 @@ def sample(model: VAE, n: int, config: dict, device: torch.device) -> Tensor:
 
 
 @torch.no_grad()
-def quadrature(to_logits, x: Tensor, d: int, reach: float, points: int) -> tuple[Tensor, dict]:
-    """Exact log p(x) of images x (B, P) for d = 1 or 2, (B,) float64, and two checks of it.
+def quadrature(to_logits, x: Tensor, d: int, reach: float, points: int) -> Tensor:
+    """Exact log p(x) of images x (B, P) for d = 1 or 2, (B,) float64.
 
-    p(x) is the integral of p(x | z) p(z): the sum over a grid of codes, `points` (odd) per axis
-    over [-reach, reach], times a cell's volume. Its error falls faster than any power of the
-    spacing once that is below the posterior's width. Checks, the largest over images:
-    "refinement_change" against every second point (nats), and "outer_mass", the posterior's share
-    in the outer tenth of the range.
+    p(x) is the integral of p(x | z) p(z): the sum over a grid of codes, `points` per axis over
+    [-reach, reach], times the volume of a cell. Its error falls faster than any power of the
+    spacing once that is below the posterior's width.
     """
     axis = torch.linspace(-reach, reach, points)
-    z = torch.cartesian_prod(*[axis] * d).view(-1, d)  # the grid, (G, d)
-    number = torch.cartesian_prod(*[torch.arange(points)] * d).view(-1, d)
-    is_coarse = (number % 2 == 0).all(1)  # every second point of each axis
-    is_outer = (z.abs() > 0.9 * reach).any(1)
-
-    log_prior = -0.5 * (z.double().square().sum(1) + d * math.log(2 * math.pi))
+    grid = torch.cartesian_prod(*[axis] * d).view(-1, d)  # (G, d)
     log_volume = d * math.log(2 * reach / (points - 1))
-    log_cell = log_prior + log_volume  # the prior's share of each cell
-
-    # log of sums over the grid, a part of it at a time
-    fine = torch.full((len(x),), -math.inf, dtype=torch.float64)
-    coarse, outer = fine.clone(), fine.clone()
-    for part in torch.arange(len(z)).split(5_000_000 // max(x.shape)):
-        logits = to_logits(z[part].to(x.device)).flatten(1)  # (g, P)
+    log_p = torch.full((len(x),), -math.inf, dtype=torch.float64)
+    for z in grid.split(5_000_000 // max(x.shape)):  # a part at a time: memory
+        logits = to_logits(z.to(x.device)).flatten(1)  # (g, P)
         # log_likelihood of every image at every code, as one product of matrices
         log_px = logits @ x.T - F.softplus(logits).sum(1, keepdim=True)  # (g, B)
-        log_joint = log_px.cpu().double() + log_cell[part, None]
-        fine = torch.logaddexp(fine, log_joint.logsumexp(0))
-        coarse = torch.logaddexp(coarse, log_joint[is_coarse[part]].logsumexp(0))
-        outer = torch.logaddexp(outer, log_joint[is_outer[part]].logsumexp(0))
-    coarse += d * math.log(2)  # its cells are twice as wide
-    return fine, {"refinement_change": (fine - coarse).abs().max().item(),
-                  "outer_mass": (outer - fine).exp().max().item()}
+        log_prior = -0.5 * (z.double().square().sum(1) + d * math.log(2 * math.pi))
+        log_joint = log_px.cpu().double() + (log_prior + log_volume)[:, None]
+        log_p = torch.logaddexp(log_p, log_joint.logsumexp(0))
+    return log_p
 
 
-def exact_likelihood(model: VAE, x: Tensor, mu: Tensor, logvar: Tensor) -> tuple[Tensor, dict]:
+def exact_likelihood(model: VAE, x: Tensor, mu: Tensor, logvar: Tensor) -> Tensor:
     """`quadrature` of images x (B, 784) on a grid that fits their q(z | x), mu and logvar (B, d).
 
     The grid reaches beyond every posterior and is as fine as the narrowest, within bounds that
@@ -422,8 +406,7 @@ def estimate_likelihood(model: VAE, x: Tensor, negative_elbo: float) -> dict:
     metrics["ess_below_10"] = (effective < 10).double().mean().item()
     gap = log_p - elbo
     if mu.shape[1] <= 2:
-        exact, checks = exact_likelihood(model, x, mu, logvar)
-        metrics |= checks
+        exact = exact_likelihood(model, x, mu, logvar)
         metrics["exact_subset"] = -exact.mean().item()
         metrics["largest_difference"] = (exact - log_p).abs().max().item()
         gap = exact - elbo
@@ -433,47 +416,17 @@ def estimate_likelihood(model: VAE, x: Tensor, negative_elbo: float) -> dict:
     return metrics
 
 
-def lerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
-    """Linear interpolation of vectors (N, d), t in [0, 1] of shape (T,): (N, T, d)."""
-    t = t[:, None]
-    return (1 - t) * a[:, None] + t * b[:, None]
+def interpolate(data: common.Data, mu: Tensor) -> Tensor:
+    """Codes on the line between two test images of different classes, of six pairs, (6, 11, d).
 
-
-def slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
-    """Spherical interpolation of codes (N, d), t in [0, 1] of shape (T,): (N, T, d).
-
-    The direction turns along the arc, the length changes linearly. (White 2016 mixes the codes
-    themselves, whose length explodes between opposite ones.) Along one line through the origin,
-    always for d = 1, there is no arc: there it is linear.
-    """
-    u, v = F.normalize(a, dim=1), F.normalize(b, dim=1)
-    angle = (u * v).sum(1).clamp(-1, 1).acos()[:, None, None]
-    from_a = ((1 - t[:, None]) * angle).sin() * u[:, None]  # (N, T, d)
-    from_b = (t[:, None] * angle).sin() * v[:, None]
-    length = lerp(a.norm(dim=1, keepdim=True), b.norm(dim=1, keepdim=True), t)
-    arc = (from_a + from_b) / angle.sin() * length
-    return torch.where(angle.sin() > 1e-4, arc, lerp(a, b, t))
-
-
-def interpolate(data: common.Data, mu: Tensor, decode, classifier) -> tuple[dict, Tensor]:
-    """How sure is the classifier of images between two test images of different classes?
-
-    mu (10000, d) are the codes of the test images. Returns the shares with p >= 0.9 at each of the
-    eleven places on a line and on an arc between the codes, and the images of the first six pairs,
-    (6, 2, 11, 1, 28, 28).
+    mu (10000, d) are the codes of the test images.
     """
     order = torch.randperm(len(mu), generator=common.generator("interpolation"))
-    a, b = order.view(2, -1)
-    differs = data.y_test[a] != data.y_test[b]
-    a, b = a[differs][:N_PAIRS], b[differs][:N_PAIRS]
-    shares, images = {"pairs": len(a)}, []
-    for name, path in [("linear", lerp), ("spherical", slerp)]:
-        codes = path(mu[a], mu[b], FRACTIONS)  # (pairs, 11, d)
-        x = decode(codes.flatten(0, 1))
-        probability = classifier.predict(x)[1].amax(1).view(codes.shape[:2])
-        shares[name] = (probability >= 0.9).double().mean(0).tolist()
-        images.append(x.view(*codes.shape[:2], 1, 28, 28)[:6])
-    return shares, torch.stack(images, 1)
+    first, second = order.view(2, -1)
+    differ = data.y_test[first] != data.y_test[second]
+    a, b = mu[first[differ][:6]], mu[second[differ][:6]]
+    t = torch.linspace(0, 1, 11)[:, None]  # of the way from a to b
+    return (1 - t) * a[:, None] + t * b[:, None]
 
 
 def evaluate(run: common.Run, model: VAE, data: common.Data, classifier, fid_floor: float,
@@ -484,7 +437,6 @@ def evaluate(run: common.Run, model: VAE, data: common.Data, classifier, fid_flo
     if config["binarize"] == "dynamic":
         x_test = binarize(x_test, "test")
     x_test = x_test.to(device)
-    decode = functools.partial(common.in_chunks, model.decode, device=device)
     print("measuring the bound and samples ...", flush=True)
     best = run.history[run.best_epoch - 1]
     metrics = {"best_epoch": run.best_epoch}
@@ -511,19 +463,14 @@ def evaluate(run: common.Run, model: VAE, data: common.Data, classifier, fid_flo
     metrics["kl_per_dimension"] = kl_per_dimension(mu, logvar).mean(0).tolist()
     metrics["active_units"] = int((mu.var(0) > 0.01).sum())
 
-    # samples against grey test images, and what lies between two test images
+    # samples against grey test images
     samples = sample(model, len(x_test), config, device)
     features = classifier.predict(samples)[0]
     metrics["fid"] = common.frechet_distance(features, classifier.test_features)
     metrics["fid_floor"] = fid_floor
-    metrics["interpolation"], between = interpolate(data, mu, decode, classifier)
     metrics |= {"classifier": classifier.identity, **run.timing()}
     metrics = run.finish(metrics)
-
-    # rows of twenty: two test images of each digit, their reconstructions, five rows of samples
-    two_each = torch.cat([(data.y_test == digit).nonzero()[:2, 0] for digit in range(10)])
-    images = torch.cat([x_test[two_each].cpu(), decode(mu[two_each]), samples[:100]])
-    figures(run, images, mu, data.y_test, decode, between)
+    figures(run, model, data, x_test, mu, samples)
     return metrics
 
 
@@ -532,39 +479,39 @@ def evaluate(run: common.Run, model: VAE, data: common.Data, classifier, fid_flo
 NAMES = ["net", "latent", "pixels", "bound", "training"]  # the parts of a row's name
 COLUMNS = [
     ("validation", "validation.loss", 2), ("−ELBO", "negative_elbo", 2),
-    ("NLL", "likelihood.nll", 2), ("published", "published", 0), ("gap", "likelihood.gap", 2),
+    ("NLL", "likelihood.nll", 2), ("gap", "likelihood.gap", 2),
     ("estimate − exact", "estimate_error", 3), ("active units", "active_units", 0),
     ("FID / floor", "fid_ratio", 1)]
 DIFFERENCES = [("−ELBO", "negative_elbo", 2), ("NLL", "likelihood.nll", 2),
                ("FID / floor", "fid_ratio", 1)]
 REAL = ("real test images", "", "grey", "", "")
-BASE = ("mlp 500", "20-D", "binarised", "ELBO", "adam 0.001")
-WIDE = ("mlp 500", "64-D", "grey", "ELBO", "adam 0.001")
-DEEP = ("mlp 500-500", "20-D", "binarised", "ELBO", "adam 0.001")
-BURDA = ("mlp 200-200", "50-D", "binarised", "ELBO", "adam 0.001")
-IWAE = ("mlp 200-200", "50-D", "binarised", "IWAE 5", "adam 0.001")
-# each optimiser at its best rate on validation images
-ADAM = ("mlp 500", "20-D", "binarised", "ELBO", "adam 0.003")
-ADAGRAD = ("mlp 500", "20-D", "binarised", "ELBO", "adagrad 0.02")
-PAIRS = [(ADAM, ADAGRAD), (DEEP, BASE), (IWAE, BURDA)]
-# by student projects, which do not state their protocol, and by Burda et al. 2016
-PUBLISHED = {BASE: "−ELBO 100", WIDE: "validation 100.35", BURDA: "NLL 86.76", IWAE: "NLL 85.54"}
+PAIRS = [  # the first: each optimiser at its best rate on validation images
+    (("mlp 500", "20-D", "binarised", "ELBO", "adam 0.003"),
+     ("mlp 500", "20-D", "binarised", "ELBO", "adagrad 0.02")),
+    (("mlp 500-500", "20-D", "binarised", "ELBO", "adam 0.001"),
+     ("mlp 500", "20-D", "binarised", "ELBO", "adam 0.001")),
+    (("mlp 200-200", "50-D", "binarised", "IWAE 5", "adam 0.001"),
+     ("mlp 200-200", "50-D", "binarised", "ELBO", "adam 0.001"))]
 
 
-def figures(run: common.Run, images: Tensor, mu: Tensor, labels: Tensor, decode,
-            between: Tensor) -> None:
-    """Every picture of a run: images (140, 1, 28, 28) in rows of twenty, the losses, the codes
-    mu (10000, d) of the test images, decoded codes, and the images `between` two of them.
-    """
+def figures(run: common.Run, model: VAE, data: common.Data, x_test: Tensor, mu: Tensor,
+            samples: Tensor) -> None:
+    """Every picture of a run. mu (10000, d) are the codes of the test images x_test."""
     folder, d = run.folder, run.config["latent_dim"]
     name = ", ".join(row_name(run.config))
+    decode = functools.partial(common.in_chunks, model.decode, device=x_test.device)
+
+    # rows of twenty: two test images of each digit, their reconstructions, five rows of samples
+    two_each = torch.cat([(data.y_test == digit).nonzero()[:2, 0] for digit in range(10)])
+    images = torch.cat([x_test.cpu()[two_each], decode(mu[two_each]), samples[:100]])
     twice_as_large = F.interpolate(images, scale_factor=2)
     save_image(1 - twice_as_large, folder / "samples.png", nrow=20, padding=0)
-    common.plot_history(folder / "losses.png", run.history, {
-        "loss, nats": ["train_loss", "val_loss"],
-        "reconstruction, nats": ["train_reconstruction", "val_reconstruction"],
-        "KL, nats": ["train_kl", "val_kl"]})
-    common.plot_codes(folder / "codes.png", mu.numpy(), labels.numpy(), f"{name}: codes")
+
+    panels = {f"{title}, nats": [f"train_{title}", f"val_{title}"] for title in LOSSES}
+    common.plot_history(folder / "losses.png", run.history, panels)
+    common.plot_codes(folder / "codes.png", mu.numpy(), data.y_test.numpy(), f"{name}: codes")
+    common.save_grid(folder / "interpolation.png", decode(interpolate(data, mu).flatten(0, 1)), 11,
+                     f"{name}: on the line between the codes of two test images")
 
     z = torch.special.ndtri((torch.arange(20) + 0.5) / 20)  # twenty quantiles of the prior
     if d == 1:
@@ -574,30 +521,20 @@ def figures(run: common.Run, images: Tensor, mu: Tensor, labels: Tensor, decode,
     if d <= 2:
         common.save_grid(folder / "decoded.png", decode(z), 20,
                          "decoded codes: from the 2.5 % to the 97.5 % quantile of the prior")
-    # a row for each path between each pair
-    labels = ["linear", "spherical"] * len(between)
-    common.save_grid(folder / "interpolation.png", between.flatten(0, 2), len(FRACTIONS),
-                     f"{name}: between two test images", labels)
 
 
 def rows(runs: list[dict]) -> dict:
     """Row name -> seed -> numbers: the one place where JSON becomes a table."""
     table = {}
     for run in runs:
-        config, metrics = run["config"], run["metrics"]
-        name = row_name(config)
-        numbers = common.flat(metrics)
+        config, name = run["config"], row_name(run["config"])
+        numbers = common.flat(run["metrics"])
         numbers["fid_ratio"] = numbers["fid"] / numbers["fid_floor"]
-        half_way = len(FRACTIONS) // 2
-        for path in ["linear", "spherical"]:
-            numbers[f"{path}_half_way"] = metrics["interpolation"][path][half_way]
         if config["latent_dim"] <= 2:
             estimate, exact = numbers["likelihood.nll_subset"], numbers["likelihood.exact_subset"]
             numbers["estimate_error"] = estimate - exact
         if config["binarize"] == "none":
             del numbers["likelihood.nll"]  # a cross-entropy is no likelihood of grey pixels
-        if config["dataset"] == "mnist" and name in PUBLISHED:
-            numbers["published"] = PUBLISHED[name]
         table.setdefault(name, {})[config["seed"]] = numbers
     # the least that a model of grey pixels can reach
     real = {"negative_elbo": numbers["pixel_entropy"], "fid_ratio": 1.0}
@@ -616,7 +553,7 @@ def best_row(table: dict, pixels: str) -> tuple | None:
 
 
 def answer(table: dict) -> list[str]:
-    """At most six lines, each a number or one comparison."""
+    """At most five lines, each a number or one comparison."""
     lines = []
     floor = common.cell(table[REAL], "negative_elbo", 2)
     for pixels, title, key, ideal in [("binarised", "NLL", "likelihood.nll", ""),
@@ -628,11 +565,6 @@ def answer(table: dict) -> list[str]:
                          f"Test {title} {value} nats{ideal}, n={len(table[best])}.")
     for a, b in PAIRS:
         lines.append(common.verdict(table, a, b, "NLL", "likelihood.nll", 2))
-    best = best_row(table, "binarised") or best_row(table, "grey")
-    line = common.cell(table[best], "linear_half_way", 2)
-    arc = common.cell(table[best], "spherical_half_way", 2)
-    lines.append(f"Half-way between two codes of {', '.join(best)} the classifier is sure of "
-                 f"{line} of the images on a line, {arc} on an arc (ideal 1).")
     return list(filter(None, lines))
 
 
