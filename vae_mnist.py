@@ -21,7 +21,8 @@ Differences from the papers and from the two student projects that this rebuilds
     lowest validation loss is kept. Kingma and Welling and Burda et al. train far longer.
  2. Weights have torch's default initialisation and no decay. Kingma and Welling draw them from
     N(0, 0.01) and have a Gaussian prior on them.
- 3. Every number says whether the pixels were binarised. The projects do not say.
+ 3. Every number says whether the pixels were binarised. The projects do not say: theirs are a
+    bound of about 100 (20-D) and a validation loss of 100.35 (64-D).
  4. 5,000 of the 60,000 training images are for validation. Test images are used after training.
 
 References: Kingma and Welling 2014, arXiv:1312.6114; Burda et al. 2016, arXiv:1509.00519 (IWAE,

@@ -32,14 +32,10 @@ VAE = {"dataset": "mnist", "arch": "mlp", "hidden": [400], "latent_dim": 20, "bi
        "train_size": 60_000, "seed": 0}
 GAN = {"dataset": "mnist", "model": "gan", "loss": "bce", "z_dim": 64, "lr": 2e-4,
        "batch_size": 128, "train_size": 60_000, "seed": 0}
-WAYS = [("ours", "float32", False), ("ours, bfloat16", "bfloat16", False),
-        ("ours, --compile", "float32", True)]
 
 
 def clock(run, device: torch.device) -> float:
     """Seconds that run() takes."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
     began = time.perf_counter()
     run()
     if device.type == "cuda":
@@ -50,18 +46,17 @@ def clock(run, device: torch.device) -> float:
 def speed(title: str, usual, ours, epochs: int, device: torch.device) -> None:
     """A table of seconds per epoch, of usual(epochs) and of ours(epochs, precision, use_compile).
 
-    What the first epoch takes besides (compilation, the first call of a kernel) does not count.
+    What the first epoch takes besides, such as compilation, does not count.
     """
-    ways = [("usual", usual)]
-    for name, precision, use_compile in WAYS:
-        def run(n: int, precision=precision, use_compile=use_compile) -> None:
-            ours(n, precision, use_compile)
-        ways.append((name, run))
+    ways = {"usual": usual,
+            "ours": lambda n: ours(n, "float32", False),
+            "ours, bfloat16": lambda n: ours(n, "bfloat16", False),
+            "ours, --compile": lambda n: ours(n, "float32", True)}
     lines, seconds = [["", "s per epoch", "× faster"]], []
-    for name, run in ways:
+    for name, run in ways.items():
         run(1)
-        one = clock(lambda run=run: run(1), device)
-        more = clock(lambda run=run: run(1 + epochs), device)
+        one = clock(lambda: run(1), device)
+        more = clock(lambda: run(1 + epochs), device)
         seconds.append((more - one) / epochs)
         lines.append([name, f"{seconds[-1]:.2f}", f"{seconds[0] / seconds[-1]:.2f}"])
     print(f"## {title}, {torch.get_num_threads()} threads, {device}\n\n"
