@@ -212,7 +212,8 @@ def test_runs_end_to_end_and_the_report_is_made_of_the_files(tmp_path, capsys):
     metrics = study.main([*argv, "--latent-dim", "1", "--binarize", "none"])
     metrics |= study.main([*argv, "--latent-dim", "2", "--optimizer", "adam", "adagrad"])
     metrics |= study.main([*argv, "--latent-dim", "3", "--arch", "conv", "--objective", "iwae",
-                           "--precision", "bfloat16", "--likelihood-images", "2"])
+                           "--k", "2", "--precision", "bfloat16", "--train-size", "100",
+                           "--likelihood-images", "2"])  # the slowest: a single step
     root = tmp_path / "vae_mnist/glyphs"
     assert len(metrics) == 4
     grey = metrics["mlp-32_1-D_grey_ELBO_adam-0.001-epochs1-n500/seed_0"]
