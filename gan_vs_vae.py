@@ -500,7 +500,7 @@ def mean_elbo(nets: dict, x: Tensor) -> dict[str, float]:
     totals = {"loss": 0.0, "reconstruction": 0.0, "kl": 0.0}
     for chunk in x.split(1000):
         for key, value in elbo_losses(nets["E"], nets["G"], chunk).items():
-            totals[key] += value.double().item() * len(chunk)
+            totals[key] += value.item() * len(chunk)
     return {key: total / len(x) for key, total in totals.items()}
 
 

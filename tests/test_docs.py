@@ -72,7 +72,10 @@ TABLES = {  # heading: script, rows, titles of the parts of their names, columns
 def readme_table(script, names: list[tuple], titles: list[str], left_out: list[str]) -> str:
     """A results table of some rows, by the parts of their names that have a title."""
     rows, shown = published_rows(script), {}
-    columns = gan_vs_vae.VAE_COLUMNS if script == gan_vs_vae else script.COLUMNS
+    if script == gan_vs_vae:
+        columns = [gan_vs_vae.FID, *gan_vs_vae.VAE_COLUMNS]
+    else:
+        columns = script.COLUMNS
     for name in names:
         parts = [part for part, title in zip(name, titles, strict=True) if title]
         shown[tuple(parts)] = rows[name]
