@@ -490,10 +490,10 @@ def summary(numbers: dict, strata: int = 1) -> dict:
             "ess_below_50": (size < 50).double().mean().item()}
 
 
-def fid_of_samples(decoder: Decoder, d: int, seed: int, classifier, device: torch.device) -> float:
+def fid_of_samples(decoder: Decoder, config: dict, classifier, device: torch.device) -> float:
     """FID of as many decoded codes from the prior as there are test images."""
-    n = len(classifier.test_features)
-    noise = torch.randn(n, d, generator=common.generator(seed, "samples"))
+    g = common.generator(config["seed"], "samples")
+    noise = torch.randn(len(classifier.test_features), config["latent_dim"], generator=g)
     features, _ = classifier.predict(common.in_chunks(decoder, noise, device))
     return common.frechet_distance(features, classifier.test_features)
 
@@ -516,27 +516,27 @@ def explained_by_stroke_area(x: Tensor, values: Tensor) -> float:
 def measure_model(kind: str, model: Model, images: common.Data, config: dict, codes: int,
                   classifier) -> tuple[dict, dict]:
     """A model's metrics, and the numbers of `measure` for the test images."""
-    decoder, device = model.decoder, images.x_train.device
-    x_test = images.x_test
-    x_few = images.x_train[:len(x_test) // 5]  # they are in random order
-    test_start = common.in_chunks(model.start, x_test, device).to(device)
+    decoder, device, x_test = model.decoder, images.x_train.device, images.x_test
+    x_train = images.x_train[:len(x_test) // 5]  # they are in random order
+    start_q = common.in_chunks(model.start, x_test, device).to(device)
     if kind == "vae":
-        q_train = common.in_chunks(model.start, images.x_train, device).to(device)
+        train_q = common.in_chunks(model.start, images.x_train, device).to(device)
     else:
-        q_train = model.inference.table
-    on_test, test_best = measure(decoder, x_test, test_start, codes, f"{kind}, test images")
-    on_few, _ = measure(decoder, x_few, q_train[:len(x_few)], codes, f"{kind}, training images")
+        train_q = model.inference.table
+    on_test, best_q = measure(decoder, x_test, start_q, codes, f"{kind}, test images")
+    on_train, _ = measure(decoder, x_train, train_q[:len(x_train)], codes,
+                          f"{kind}, training images")
 
     print(f"{kind}: samples and probe ...", flush=True)
-    train_mu, _ = q_train.cpu().chunk(2, dim=1)
-    start_mu, _ = test_start.cpu().chunk(2, dim=1)
-    best_mu, _ = test_best.cpu().chunk(2, dim=1)
+    best_mu, _ = best_q.cpu().chunk(2, dim=1)
+    train_mu, _ = train_q.cpu().chunk(2, dim=1)
+    probed_mu = best_mu
+    if kind == "vae":  # test codes are made as those of the training images were
+        probed_mu, _ = start_q.cpu().chunk(2, dim=1)
     x_hat = common.in_chunks(decoder, best_mu, device)
-    probed_mu = start_mu if kind == "vae" else best_mu  # found as those of training images were
     metrics = {
-        "gaps": {"test": summary(on_test, strata=10), "train": summary(on_few)},
-        "fid": {"prior": fid_of_samples(decoder, config["latent_dim"], config["seed"], classifier,
-                                        device)},
+        "gaps": {"test": summary(on_test, strata=10), "train": summary(on_train)},
+        "fid": {"prior": fid_of_samples(decoder, config, classifier, device)},
         "squared_error": {"optimised": (x_hat - x_test.cpu()).square().mean().item()},
         "probe_accuracy": probe(train_mu, images.y_train, probed_mu, images.y_test),
         "log_px_by_digit": [mean_and_error(values) for values in on_test["log_px"].view(10, -1)],
@@ -553,11 +553,11 @@ def supervised_accuracy(images: common.Data, seed: int) -> float:
     return (probs.argmax(1) == images.y_test).double().mean().item()
 
 
-def save_log_probabilities(folder: Path, test: Tensor, y: Tensor, found: dict) -> None:
+def save_log_probabilities(folder: Path, test: Tensor, y: Tensor, on_test: dict) -> None:
     """log_probabilities.npy: float64 (2 models in MODELS' order, 10 digits, images of a digit);
-    log_probabilities.csv: a line for each test image.
+    log_probabilities.csv: a line for each test image, whose index is `test` and label y.
     """
-    by_digit = [found[kind]["log_px"].view(10, -1).numpy() for kind in MODELS]
+    by_digit = [on_test[kind]["log_px"].view(10, -1).numpy() for kind in MODELS]
     buffer = io.BytesIO()
     np.save(buffer, np.stack(by_digit))
     common.save(folder / "log_probabilities.npy", buffer.getvalue())
@@ -567,7 +567,7 @@ def save_log_probabilities(folder: Path, test: Tensor, y: Tensor, found: dict) -
         line = {"test_index": int(test[i]), "digit": int(y[i])}
         for kind in MODELS:
             for key in ["start", "elbo", "log_px", "ess"]:
-                line[f"{kind}_{key}"] = round(float(found[kind][key][i]), 4)
+                line[f"{kind}_{key}"] = round(float(on_test[kind][key][i]), 4)
         lines.append(line)
     common.save(folder / "log_probabilities.csv", lines)
 
@@ -582,17 +582,16 @@ FID = ("FID", "fid.prior", 2)
 COLUMNS = [LOG_PX, ("gap of the start", "start_gap", 2), APPROXIMATION_GAP,
            ("median ESS", "ess_median", 0), SQUARED_ERROR, FID,
            ("probe accuracy", "probe_accuracy", 3), ("seconds per epoch", "seconds_per_epoch", 1)]
-DIFFERENCES = [LOG_PX, APPROXIMATION_GAP, FID]
 PAIRS = [(("latent optimisation", "test"), ("amortised VAE", "test")),
          (("amortised VAE", "training"), ("amortised VAE", "test")),
          (("latent optimisation", "training"), ("latent optimisation", "test"))]
 
 
-def log_probability_boxes(folder: Path, found: dict) -> None:
+def log_probability_boxes(folder: Path, on_test: dict) -> None:
     """log_probabilities.png: log p(x) of test images by digit."""
     figure = common.Figure(figsize=(9, 3.5), layout="constrained")
     for axes, kind in zip(figure.subplots(1, 2, sharey=True), MODELS, strict=True):
-        by_digit = found[kind]["log_px"].view(10, -1)
+        by_digit = on_test[kind]["log_px"].view(10, -1)
         axes.boxplot(by_digit.T.numpy(), flierprops={"markersize": 2})
         axes.set_xticks(range(1, 11), range(10))
         axes.set(xlabel="digit", ylabel="log p(x), nats", title=MODELS[kind])
@@ -608,11 +607,12 @@ def rows(runs: list[dict]) -> dict:
             "fid.prior": metrics["fid_floor"],
             "probe_accuracy": metrics["supervised_accuracy_subset"]}
         for kind, title in MODELS.items():
-            model = dict(metrics["models"][kind])
-            gaps_of = model.pop("gaps")
-            on_test = common.flat(gaps_of["test"]) | common.flat(model)
-            for images, numbers in [("test", on_test), ("training", common.flat(gaps_of["train"]))]:
-                numbers = {key.removesuffix(".mean"): value for key, value in numbers.items()}
+            model = metrics["models"][kind]
+            on_train, on_test = model["gaps"]["train"], {**model, **model["gaps"]["test"]}
+            del on_test["gaps"]
+            for images, numbers in [("test", on_test), ("training", on_train)]:
+                flat = common.flat(numbers).items()
+                numbers = {key.removesuffix(".mean"): value for key, value in flat}
                 table.setdefault((setting, title, images), {})[seed] = numbers
     return table
 
@@ -633,9 +633,7 @@ def answer(table: dict, setting: str) -> list[str]:
 
 
 def report(root: Path) -> None:
-    """Write report.md and results.csv of the finished runs below root; print the answer and the
-    table.
-    """
+    """Write report.md and results.csv of the finished runs below root. Prints answer and table."""
     runs = common.finished_runs(root)
     table = rows(runs)
     settings = [variant(run["config"]) for run in runs]
@@ -655,13 +653,13 @@ def report(root: Path) -> None:
         f"# Amortised inference against latent optimisation on {common.DATASETS[root.name]}",
         "What does an encoder lose against optimising the latents of every image by themselves?",
         f"**Answer.**\n\n{lines}", results,
-        f"Nats per image, {metrics['n_test']} test and {metrics['n_train']} training images, "
+        f"Nats per image, of {metrics['n_test']} test and {metrics['n_train']} training images, "
         f"{metrics['codes']} importance samples each. ± is the standard deviation over n seeds. "
         "The amortised VAE starts from its encoder: the gap of the start is the amortisation gap. "
         "Latent optimisation starts from PCA on test images, from its trained latents on training "
-        f"images. There a share of {below_50} of the test images has an ESS below 50: their "
-        f"log p(x) may be too low. {common.glossary(root)}",
-        common.paired_table(table, pairs, DIFFERENCES),
+        f"images. A share of {below_50} of its test images has an ESS below 50: their log p(x) may "
+        f"be too low. {common.glossary(root)}",
+        common.paired_table(table, pairs, [LOG_PX, APPROXIMATION_GAP, FID]),
         *common.image_links(root, [first["folder"] / name for name in pictures]),
         common.how_made(runs)], table, NAMES)
 
@@ -685,33 +683,32 @@ def train_and_measure(run: common.Run, data: common.Data, classifier, args,
     train(run, models["vae"], models["latent_opt"], images.x_train, x_val, x_shown, args.compile)
 
     began = time.perf_counter()
-    measured, found = {}, {}
+    metrics, on_test = {}, {}
     for kind, model in models.items():
         model.decoder.requires_grad_(False)
-        measured[kind], found[kind] = measure_model(kind, model, images, config, args.codes,
-                                                    classifier)
+        metrics[kind], on_test[kind] = measure_model(kind, model, images, config, args.codes,
+                                                     classifier)
         seconds = [row[f"{kind}_seconds"] for row in run.history]
-        measured[kind]["seconds_per_epoch"] = float(np.median(seconds))
-        measured[kind]["seconds_train"] = sum(seconds)
+        metrics[kind] |= {"seconds_per_epoch": float(np.median(seconds)),
+                          "seconds_train": sum(seconds)}
+    save_log_probabilities(run.folder, test_rows, images.y_test, on_test)
     train_features, _ = classifier.predict(data.x_train[:10_000])
-    save_log_probabilities(run.folder, test_rows, images.y_test, found)
-    decoder, encoder = models["vae"].decoder, models["vae"].inference
-    metrics = run.finish({
+    weights = {}
+    for name, network in [("decoder", models["vae"].decoder), ("encoder", models["vae"].inference)]:
+        weights[name] = sum(weight.numel() for weight in network.parameters())
+    result = run.finish({
         "n_test": args.test_images, "n_train": min(args.test_images // 5, config["train_size"]),
-        "codes": args.codes, "models": measured,
+        "codes": args.codes, "models": metrics, "parameters": weights,
         "supervised_accuracy_subset": supervised_accuracy(images, config["seed"]),
         "fid_floor": common.frechet_distance(train_features, classifier.test_features),
-        "parameters": {"decoder": sum(weight.numel() for weight in decoder.parameters()),
-                       "encoder": sum(weight.numel() for weight in encoder.parameters())},
-        "classifier": classifier.identity,
-        "seconds_train": run.timing()["seconds_train"],
+        "classifier": classifier.identity, "seconds_train": run.timing()["seconds_train"],
         "seconds_evaluation": time.perf_counter() - began})
     common.plot_history(run.folder / "training_curves.png", run.history, {
         "−ELBO, nats": ["vae_loss", "vae_val_loss", "latent_opt_loss"],
         "−log p(x | z), nats": ["vae_reconstruction", "latent_opt_reconstruction"],
         "KL, nats": ["vae_kl", "latent_opt_kl"]})
-    log_probability_boxes(run.folder, found)
-    return metrics
+    log_probability_boxes(run.folder, on_test)
+    return result
 
 
 def main(argv=None) -> dict:
