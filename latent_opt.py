@@ -96,16 +96,14 @@ def variant(config: dict) -> str:
 
 
 def stratified(y: Tensor, n: int, *key: int | str) -> Tensor:
-    """Indices of n images, a tenth of each class, in random order. Raises UserError if n is not a
-    multiple of ten or a class has too few.
-    """
+    """Indices of n images, a tenth of each class, in random order. UserError if that cannot be."""
     largest = 10 * int(y.bincount().min())
     if n % 10 or n > largest:
         raise common.UserError(f"{n} images cannot be a tenth of each class: --train-size and "
                                f"--test-images are multiples of ten, here at most {largest}")
     g = common.generator(*key)
     chosen = []
-    for digit in range(10):
+    for digit in range(10):  # so that no digit is rarer by chance
         members = (y == digit).nonzero()[:, 0]
         order = torch.randperm(len(members), generator=g)
         chosen.append(members[order[:n // 10]])
@@ -123,7 +121,7 @@ def split(data: common.Data, config: dict, n_test: int) -> dict[str, Tensor]:
                                f"validation, which needs {N_VAL}; take fewer")
     order = torch.randperm(len(others), generator=common.generator(config["seed"], "validation"))
     test = stratified(data.y_test, n_test, "test")
-    by_digit = data.y_test[test].argsort(stable=True)
+    by_digit = data.y_test[test].argsort(stable=True)  # ten strata of equal size
     return {"train": train, "val": torch.from_numpy(others)[order[:N_VAL]], "test": test[by_digit]}
 
 
@@ -315,8 +313,7 @@ def train(run: common.Run, vae: Model, latent_opt: Model, x_train: Tensor, x_val
           x_shown: Tensor, use_compile: bool) -> None:
     """Train both models, or continue, with the same batches and noise. The last epoch is used.
 
-    x_shown are the pictured training images, then the test images. Raises Diverged when a loss is
-    no longer finite.
+    x_shown are the pictured training images, then the test images.
     """
     config, device = run.config, x_train.device
     run.save_every = 10  # the latents of all images and their moments are 92 MB
@@ -339,7 +336,7 @@ def train(run: common.Run, vae: Model, latent_opt: Model, x_train: Tensor, x_val
             losses.append(latent_step(latent_opt, x_train[rows], rows, config))
         row |= epoch_means("latent_opt", losses, began)
 
-        # of the VAE alone: the other model has no q of validation images
+        # only the encoder has q of images that it was not trained on
         torch.manual_seed(common.seed_from(config["seed"], "validation"))
         with torch.no_grad():
             val_losses = negative_elbo(vae.decoder, x_val, vae.inference(x_val))
@@ -404,7 +401,7 @@ def infer(decoder, x: Tensor, q: Tensor, title: str = "best Gaussians") -> Tenso
         latents.lr = 0.1 * 0.5 * (1 + math.cos(math.pi * step / INFERENCE_STEPS))
         noise = torch.randn(4, 1, q.shape[1] // 2, generator=g).to(x.device)
         for rows in all_rows.split(250):
-            # four codes for each image
+            # four codes for each image: their mean is a better gradient
             table = latents.table[rows].requires_grad_()
             images = x[rows].repeat(4, 1, 1, 1)  # (4 B, 1, 28, 28)
             shared_noise = noise.expand(-1, len(rows), -1).flatten(0, 1)  # (4 B, d)
@@ -473,9 +470,7 @@ def measure(decoder, x: Tensor, start: Tensor, k: int, title: str) -> tuple[dict
 
 
 def mean_and_error(values: Tensor, strata: int = 1) -> dict[str, float]:
-    """Mean of the values (B,) and its standard error. They are sorted by stratum (the digit), with
-    equally many in each.
-    """
+    """Mean of values (B,) and its standard error. Each stratum is an equal part of their order."""
     variance = values.view(strata, -1).var(dim=1).mean() / len(values)
     return {"mean": values.mean().item(), "se": variance.sqrt().item()}
 
