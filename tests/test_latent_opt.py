@@ -192,11 +192,16 @@ def test_an_epoch_of_both_models(tmp_path, monkeypatch, quick):
     a, b = (model.decoder.state_dict() for model in models.values())  # from the same weights
     assert all(torch.allclose(a[key], b[key], atol=1e-7) for key in a)
 
-    # 64 images of loss 1 and a last batch of 6 images of loss 8 count alike
-    monkeypatch.setattr(study, "latent_step", lambda model, x, *a: torch.full(
-        (3, len(x)), 1.0 if len(x) == 64 else 8.0))
+    draws = []
+
+    def planted(model, x, *a):  # 64 images of loss 1, and a last batch of 6 images of loss 8
+        draws.append(torch.rand(()).item())
+        return torch.full((3, len(x)), 1.0 if len(x) == 64 else 8.0)
+    monkeypatch.setattr(study, "latent_step", planted)
+    monkeypatch.setattr(study, "amortised_step", planted)
     run, _ = trained(tmp_path / "planted", x)
     assert run.history[0]["latent_opt_loss"] == pytest.approx((64 + 6 * 8) / 70)
+    assert draws[:2] == draws[2:]  # both models have the same noise
 
 
 def test_an_interrupted_training_continues_bitwise(tmp_path, monkeypatch, quick):
@@ -232,8 +237,10 @@ def test_steps_stay_on_their_device_and_losses_are_float32(monkeypatch, device, 
         q = encoder(x)
         outputs = [q, decoder(q[:, :12])]
     vae, latent_opt = (study.Model(decoder, part, None, adam) for part in [encoder, latents])
-    losses = [study.amortised_step(vae, x, config),
-              study.latent_step(latent_opt, x, rows, config)]
+    losses, steps = [study.amortised_step(vae, x, config)], []
+    next(decoder.parameters()).register_hook(lambda gradient: steps.append(1))
+    losses.append(study.latent_step(latent_opt, x, rows, config))
+    assert len(steps) == 1  # of the decoder, for two of the latents
     for tensor in [*outputs, *losses, study.infer(decoder, x, latents.table)]:
         assert tensor.device.type == device and tensor.dtype == torch.float32
     assert not any(tensor.requires_grad for tensor in losses)
