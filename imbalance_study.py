@@ -473,8 +473,8 @@ class Reference:
         mixed = like_training[torch.randperm(len(like_training), generator=g)[:5000]]
         self.test_distance = common.nearest(data.x_test[mixed], self.x_train)[0].mean().item()
 
-        # coverage of the rare ones of the first half. Real images that could cover them are those
-        # of the second half, and any other class, as far as the classifier calls them rare
+        # coverage of the rare ones of the first half by real images that are called rare: those of
+        # the second half, and others by mistake
         called_rare = self.probs_test.argmax(1) == self.rare
         in_second = torch.isin(torch.arange(len(self.y_test)), second)
         features = classifier.test_features
@@ -483,7 +483,7 @@ class Reference:
         falsely_rare = features[called_rare & ~is_rare]
         self.true_reach = within_reach(self.rare_features, truly_rare)
         self.false_reach = within_reach(self.rare_features, falsely_rare)
-        # the share of false ones among images called rare, in the proportions of training
+        # the share of mistakes among images called rare, in the proportions of training
         true = self.rare_share * called_rare[is_rare].double().mean()
         false = (1 - self.rare_share) * called_rare[~is_rare].double().mean()
         self.false_share = (false / (true + false)).item()
@@ -497,8 +497,8 @@ class Reference:
         real_probs = self.probs_test[real_indices]
         counted, share, low, high = class_shares(probs, real_probs, real_y)
 
-        # clear: only images that the classifier is sure of count. It is sure of most real ones of
-        # the class and of a few others: the same correction, for two classes
+        # clear: the share of images that the classifier is sure of, corrected alike: it is sure of
+        # not all real ones, and of a few others
         sure = (probs[:, rare] >= 0.9).double().mean()
         real_sure = (real_probs[:, rare] >= 0.9).double()
         right = real_sure[real_y == rare].mean()
@@ -697,7 +697,6 @@ PAIRS = [  # of one rare class
     (("ga-ae", "local"), ("ga-ae", "prior"))]
 COMPARED = [("distortion of the decoder", "distortion", 2), COLUMNS[2]]  # of the second pair
 SOURCE = "The source expected a lift of 6 for its VAE, 0.1 for its AE and 0.5 for its GA-AE."
-ADDED = ["rare class", "added"]
 ADDED_PAIRS = [("ga-ae local", other) for other in ["none", "shifts", "smote", "ae local"]]
 DOWNSTREAM = [
     ("rare recall, %", "rare_recall", 2), ("balanced accuracy, %", "balanced_accuracy", 2)]
@@ -785,20 +784,22 @@ def judged(seeds: dict) -> str:
 
 def answer(table: dict, rare: str) -> list[str]:
     """A few lines about a rare class, each numbers beside their ideal or one comparison."""
-    names = [name for name in table if name[0] == rare]
-    names = [name for name in names if name[1] in MODELS] or names  # without other weights
+    models = [model for name, model, _ in table if name == rare]
+    if set(models) & set(MODELS):  # without those of other weights
+        models = MODELS
     lines, prior_lifts = [], []
-    for name in names:
-        _, model, sampler = name
-        lift = common.cell(table[name], "calibrated_lift", 2)
+    for (name, model, sampler), seeds in table.items():
+        if name != rare or model not in models:
+            continue
         if sampler == "prior":
-            prior_lifts.append(f"{model} {lift}")
+            prior_lifts.append(f"{model} {common.cell(seeds, 'calibrated_lift', 2)}")
         if sampler == "local":
-            lines.append(f"{model}, local codes: {judged(table[name])}.")
-            if len(table[name]) == 1:
-                (numbers,) = table[name].values()
-                low, high = numbers["calibrated_lift_low"], numbers["calibrated_lift_high"]
-                lines.append(f"95 % interval of that lift within the run: {low:.2f} to {high:.2f}.")
+            line = f"{model}, local codes: {judged(seeds)}"
+            if len(seeds) == 1:
+                (numbers,) = seeds.values()
+                line += (f"; 95 % interval of the lift {numbers['calibrated_lift_low']:.2f} to "
+                         f"{numbers['calibrated_lift_high']:.2f} within the run")
+            lines.append(f"{line}.")
     if prior_lifts:
         lines.append(f"Lift with prior codes (ideal 1): {', '.join(prior_lifts)}.")
     a, b = PAIRS[1]
@@ -811,8 +812,10 @@ def lift_map(path: Path, shown: dict, title: str) -> None:
     """The lift of every class in coloured cells: blue below 1, red above, white where faithful."""
     from matplotlib.colors import LogNorm
 
-    labels = [f"{model}, {sampler}" for _, model, sampler in shown]
-    lifts = [[mean(seeds, f"lift_of_{d}") for d in range(10)] for seeds in shown.values()]
+    labels, lifts = [], []
+    for (_, model, sampler), seeds in shown.items():
+        labels.append(f"{model}, {sampler}")
+        lifts.append([mean(seeds, f"lift_of_{digit}") for digit in range(10)])
     figure = common.Figure(figsize=(8, 1 + 0.35 * len(labels)))
     axes = figure.subplots()
     axes.imshow(np.clip(lifts, 0.1, 10), "RdBu_r", norm=LogNorm(0.1, 10), aspect="auto", alpha=0.5)
@@ -879,7 +882,7 @@ def report(root: Path) -> None:
         sections += [
             "**Does adding generated images help a classifier?** Every class is brought up to the "
             "largest, then a classifier is trained.",
-            common.results_table(added, ADDED, DOWNSTREAM),
+            common.results_table(added, ["rare class", "added"], DOWNSTREAM),
             common.paired_table(added, added_pairs, DOWNSTREAM)]
     sections += [*pictures(root, table, rare, runs), common.how_made(runs)]
     common.write_report(root, sections, table, NAMES)

@@ -36,7 +36,8 @@ def test_the_committed_classifiers_are_good_enough(name, accuracy):
 
 def test_coverage_means_one_thing_in_both_studies():
     real, fake = torch.randn(60, 5), torch.randn(50, 5) * 0.8
-    assert study.coverage(real, fake) == gan_vs_vae.manifold_metrics(real, fake)["coverage"]
+    coverage = study.covered(study.within_reach(real, fake))
+    assert coverage == gan_vs_vae.manifold_metrics(real, fake)["coverage"]
 
 
 def test_the_committed_classifier_rarely_sees_a_class_that_is_not_there(data, classifier):
@@ -62,18 +63,20 @@ def test_class_share_recovers_planted_mixtures_through_bad_classifiers():
             for t in range(10)])]
         pi, y_held_out = rng.dirichlet(np.ones(10)), np.repeat(np.arange(10), 500)
         y = np.sort(rng.choice(10, 20_000, p=pi))
-        found = study.class_shares(says(y), says(y_held_out), torch.from_numpy(y_held_out))
-        inside.append((found["low"] <= pi) & (pi <= found["high"]))
-        errors.append([np.abs(found[k] - pi).max() for k in ["share", "counted"]])
+        counted, share, low, high = study.class_shares(
+            says(y), says(y_held_out), torch.from_numpy(y_held_out))
+        inside.append((low <= pi) & (pi <= high))
+        errors.append([np.abs(shares - pi).max() for shares in [share, counted]])
     assert 0.92 <= np.mean(inside) <= 0.98
     assert np.mean(errors, 0)[0] < np.mean(errors, 0)[1] / 2
 
 
 @pytest.fixture(scope="module")
 def reference(data, classifier):
-    config = {"rare_digit": 9, "rare_ratio": 0.02, "train_size": 50_000, "seed": 0}
+    """Of 5,000 training images: copying is the only metric that looks at them one by one."""
+    config = {"rare_digit": 9, "rare_ratio": 0.02, "train_size": 5000, "seed": 0}
     train = study.split(data, config)["train"]
-    return study.Reference(data, train, config, classifier, 20_000)
+    return study.Reference(data, train, config, classifier, 5000)
 
 
 def planted(data, reference, share):
@@ -94,9 +97,6 @@ def test_the_lift_of_planted_sets_of_real_images(data, reference, share, lift):
     assert found["calibrated_lift"] == pytest.approx(lift, abs=0.15 + 0.02 * lift)
     assert found["rare_lift"] == pytest.approx(lift, abs=0.2 + 0.02 * lift)
     assert found["clear_lift"] == pytest.approx(lift, abs=0.2 + 0.02 * lift)
-    recall = found["rare_recall_at_2000"] * reference.n_test_rare
-    assert recall == (reference.classifier.predict(planted(data, reference, share)[:2000])[1]
-                      .argmax(1) == 9).sum()
 
 
 def test_real_images_score_what_they_should(reference):
@@ -108,10 +108,10 @@ def test_real_images_score_what_they_should(reference):
 
 
 def test_planted_failures_move_the_metric_that_should_notice(data, reference):
-    real = planted(data, reference, 0.1)
+    real = planted(data, reference, 0.1)[::3]
     base = reference.score(real)[0]
     noise = reference.score((real + 0.5 * torch.randn_like(real)).clamp(0, 1))[0]
-    blur = reference.score(F.avg_pool2d(real, 5, 1, 2))[0]
+    blur = reference.score(F.avg_pool2d(real, 3, 1, 1))[0]
     repeated = reference.score(real[:1].repeat(len(real), 1, 1, 1))[0]  # a nine: they come first
     copies = reference.score(reference.x_train[:len(real)])[0]
     dropped = reference.score(planted(data, reference, 0))[0]
