@@ -96,18 +96,18 @@ def test_a_step_leaves_no_tensor_on_another_device(config, device, monkeypatch):
 
 
 @pytest.mark.parametrize("config", [VAE, GA_AE], ids=lambda c: c["model"])
-def test_bfloat16_is_near_float32_and_the_geometry_is_float32(config):
+def test_bfloat16_is_near_float32_and_the_geometry_is_float32(config, monkeypatch):
+    def in_float32(*a, real=study.distortion):
+        assert not torch.is_autocast_enabled("cpu")
+        return real(*a)
+    monkeypatch.setattr(study, "distortion", in_float32)
     model, x, found = study.Autoencoder(4, config["model"] == "vae"), torch.rand(64, 1, 28, 28), []
-    for on in (False, True):
+    for on in [False, True]:
         torch.manual_seed(0)
         with torch.autocast("cpu", torch.bfloat16, on):
-            losses = study.objective(model, x, config)
-        found.append((losses.detach(), torch.autograd.grad(losses[0], model.decoder[0].weight)[0]))
-    (losses, gradient), (losses_16, gradient_16) = found
-    assert losses_16.dtype == gradient_16.dtype == torch.float32
-    assert torch.allclose(losses, losses_16, rtol=0.02) and not torch.equal(gradient, gradient_16)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert model.encode(x).dtype == model.to_logits(x[:, 0, 0, :4]).dtype == torch.float32
+            found.append(study.objective(model, x, config))
+            assert model.encode(x).dtype == model.to_logits(x[:, 0, 0, :4]).dtype == torch.float32
+    assert torch.allclose(*found, rtol=0.02) and not torch.equal(*found)
 
 
 # ----------------------------------------------------------------------------------------- samplers
@@ -164,14 +164,14 @@ def test_local_codes_have_the_moments_of_their_neighbourhood():
 @pytest.mark.parametrize("arm", ["shifts", "smote", "local"])
 def test_additions_make_the_classes_equal_and_look_like_their_class(arm):
     y = torch.cat([torch.full((n,), c) for c, n in enumerate([40, 30, 25] + [40] * 7)])
-    z = torch.randn(len(y), 3) * 0.1 + 0.2 * y[:, None]  # classes that lie in each other
-    z[:, 0] = y  # neighbours are nevertheless of the same class
+    z = torch.randn(len(y), 3)  # classes that lie in each other: only the first number tells them
+    z[:, 0] = y / 1000
     x = (y[:, None, None, None] / 10).expand(-1, 1, 28, 28).clone()
-    decode = lambda z: (z[:, 0] / 10)[:, None, None, None].expand(-1, 1, 28, 28)
+    decode = lambda z: (100 * z[:, 0])[:, None, None, None].expand(-1, 1, 28, 28)
     more, labels = study.additions(arm, x, y, z, decode, seed=0)
     assert torch.cat([y, labels]).bincount().tolist() == [40] * 10
     assert more.shape[1:] == (1, 28, 28)
-    assert torch.allclose(more[:, 0, 14, 14], labels / 10, atol=1e-6)
+    assert torch.allclose(more[:, 0, 14, 14], labels / 10, atol=1e-5)  # neighbours are their own
     assert len(study.additions("none", x, y, z, decode, 0)[0]) == 0
 
 
@@ -227,7 +227,7 @@ def trained(folder) -> common.Run:
 
 
 def test_an_interrupted_run_continues_bitwise(tmp_path):
-    interrupt_after_epoch(2, lambda: trained(tmp_path / "parts"))
+    interrupt_after_epoch(1, lambda: trained(tmp_path / "parts"))
     for whole, part in zip(trained(tmp_path / "whole").history, trained(tmp_path / "parts").history,
                            strict=True):
         assert {**whole, "seconds": 0} == {**part, "seconds": 0}
@@ -287,13 +287,14 @@ def test_rows_are_named_by_values_and_criteria_have_two_sides():
     assert study.variant(runs[4]["config"]) == "ga-ae_digit9_2pct_bfloat16"
 
 
-def test_an_answer_is_at_most_seven_lines():
+def test_an_answer_is_at_most_six_lines():
     one = study.rows([finished()])
     assert len(study.answer(one, "9 at 2 %")) == 2  # local codes, prior codes
-    many = study.rows([finished(seed, lift, model) for seed in range(3) for lift, model in
-                       [(1.0, "ga-ae"), (0.5, "ae"), (3.0, "vae")]])
+    many = study.rows([finished(seed, model=model, **settings) for seed in range(3)
+                       for model, settings in [("ga-ae", {}), ("ga-ae", {"geometry": 0.0}),
+                                               ("ae", {}), ("vae", {"lift": 3.0})]])
     lines = study.answer(many, "9 at 2 %")
-    assert 3 <= len(lines) <= 6 and "vae 3.01 ± 0.01" in lines[-1]
+    assert len(lines) == 6 and "vae 3.01 ± 0.01" in lines[3]
 
 
 def test_bad_input_is_one_line_and_writes_nothing(tmp_path):
