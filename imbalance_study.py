@@ -104,10 +104,7 @@ def configurations(args, dataset: str) -> list[dict]:
 
 
 def row_name(config: dict) -> tuple[str, str]:
-    """A run without its seed, as tables name it: ('9 at 2 %', 'ga-ae λ=0').
-
-    What is not the default stands behind it: ('9 at 2 % bfloat16', 'ga-ae').
-    """
+    """A run without its seed, as tables name it: ('9 at 2 %', 'ga-ae λ=0')."""
     changed = common.suffix(config, epochs=EPOCHS, batch_size=BATCH_SIZE, lr=LEARNING_RATE,
                             latent_dim=LATENT_DIM, train_size=TRAIN_SIZE, precision="float32")
     percent, model = 100 * config["rare_ratio"], config["model"]
@@ -553,8 +550,7 @@ def flatness(model: Autoencoder, z: Tensor) -> dict:
             "condition_number": condition.median().item()}
 
 
-def train_and_measure(run: common.Run, data: common.Data, classifier, args,
-                      device: torch.device) -> dict:
+def train_and_measure(run: common.Run, data: common.Data, classifier, args, device) -> dict:
     """Train a model, or load a trained one; its metrics with every sampler, and its pictures."""
     indices = split(data, run.config)
     x_train, x_val = data.x_train[indices["train"]], data.x_train[indices["val"]]
@@ -572,8 +568,7 @@ def train_and_measure(run: common.Run, data: common.Data, classifier, args,
     metrics = {
         "n_train_rare": round(len(z) * reference.rare_share),
         "train_share": reference.train_share.tolist(),
-        "classifier": classifier.identity, **run.timing(),
-        "best_epoch": best_epoch,
+        "classifier": classifier.identity, **run.timing(), "best_epoch": best_epoch,
         "validation": {key: best[f"val_{key}"] for key in LOSSES if f"val_{key}" in best},
         "validation_pixel_entropy": common.pixel_entropy(x_val),
         "temperature": temperature, "flatness": flatness(model, z_val[chosen].to(device)),
@@ -612,8 +607,7 @@ def smote_partners(z: Tensor, around: Tensor, g: torch.Generator) -> Tensor:
     return z[near[torch.arange(len(around)), pick]]
 
 
-def additions(arm: str, x: Tensor, y: Tensor, z: Tensor, decode,
-              seed: int) -> tuple[Tensor, Tensor]:
+def additions(arm: str, x: Tensor, y: Tensor, z: Tensor, decode, seed: int):
     """Images and labels that bring every class of training images x (N, 1, 28, 28) with labels y
     (N,) and codes z (N, d) up to the largest class.
 
@@ -642,8 +636,7 @@ def additions(arm: str, x: Tensor, y: Tensor, z: Tensor, decode,
     return decode(codes), y[source]
 
 
-def downstream(folder: Path, config: dict, data: common.Data, args,
-               device: torch.device) -> None:
+def downstream(folder: Path, config: dict, data: common.Data, args, device: torch.device) -> None:
     """downstream.json of a finished run: the test scores of classifiers with and without additions.
 
     All have the same first weights and number of steps. The metric classifier has no part in it.
@@ -690,7 +683,6 @@ COLUMNS = [
 LIMITS = {  # what counts as keeping the rare class: fixed after a first version had been seen
     "calibrated_lift": (0.9, 1.1), "clear_lift": (0.9, 1.1), "coverage_ratio": (0.95, math.inf),
     "fid_ratio": (0, 3), "copying": (0.75, 1.25)}
-DIFFERENCES = [COLUMNS[0], *COLUMNS[2:4]]
 PAIRS = [  # of one rare class
     (("ga-ae", "local"), ("ae", "local")), (("ga-ae", "local"), ("ga-ae λ=0", "local")),
     (("vae", "local"), ("vae", "prior")), (("ae", "local"), ("ae", "prior")),
@@ -776,7 +768,7 @@ def judged(seeds: dict) -> str:
     for title, key, digits in COLUMNS:
         low, high = LIMITS[key]
         finding = "met"
-        if not low <= mean(seeds, key) <= high:
+        if not low <= mean(seeds, key) <= high:  # a number that is missing too
             finding = f"{low:g} to {high:g}: missed".replace("to inf", "or more")
         texts.append(f"{title} {common.cell(seeds, key, digits)} ({finding})")
     return ", ".join(texts)
@@ -852,9 +844,7 @@ def pictures(root: Path, table: dict, rare: str, runs: list[dict]) -> list[str]:
 
 
 def report(root: Path) -> None:
-    """Write report.md, results.csv and pictures of the finished runs below root; print the answer
-    and the table.
-    """
+    """Write report.md, results.csv and pictures of the finished runs below root; print the top."""
     runs = common.finished_runs(root)
     table, added = rows(runs), downstream_rows(runs)
     rare = shown_class(table)
@@ -874,7 +864,7 @@ def report(root: Path) -> None:
         results,
         "In every column 1 is as real images; ± is the standard deviation over n seeds. Other rare "
         f"classes are in `results.csv` and in the pictures. {common.glossary(root)}",
-        common.paired_table(table, pairs, DIFFERENCES)]
+        common.paired_table(table, pairs, [COLUMNS[0], *COLUMNS[2:4]])]
     if added:
         added_pairs = []
         for name in dict.fromkeys(name for name, _ in added):
