@@ -864,7 +864,8 @@ def plot_losses(path: Path, runs: list[dict], panels: list[tuple]) -> None:
                 axes.axhline(value, color="k", lw=0.8, ls=":")
             for name, color in colors.items():
                 axes.plot([], [], color, label=", ".join(name))
-            axes.legend(fontsize=7, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.2))
+            if colors:
+                axes.legend(fontsize=7, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.2))
     common.save_figure(path, figure)
 
 
