@@ -10,7 +10,7 @@ training, is the lift of the rare class: 1 is faithful.
     python imbalance_study.py --geometry 0 5 --seeds 0 1 2           # the study with its ablation
     python imbalance_study.py --model ga-ae --rare-digit 0 1 2 3 4 5 6 7 8 9 --rare-ratio 0.005 0.02
     python imbalance_study.py --rare-ratio 0.002 --seeds 0 1 2 --downstream  # does generating help?
-    python imbalance_study.py --dataset glyphs --train-size 2000 --epochs 1 --samples 2000  # smoke
+    python imbalance_study.py --dataset glyphs --model ae --train-size 900 --epochs 1 --samples 2000
 
 Writes results/imbalance_study/<dataset>/<variant>/seed_<s>/ (weights, metrics, pictures) and, from
 every finished run, results/imbalance_study/<dataset>/report.md.
@@ -186,6 +186,7 @@ class Autoencoder(nn.Module):
 # ------------------------------------------------------------------------------------- Objective
 
 
+@torch.compiler.disable  # it cannot compile second derivatives
 def distortion(decode, z: Tensor) -> Tensor:
     """How far the decoder is from keeping all distances up to one scale, at codes z (B, d).
 
