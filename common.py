@@ -124,9 +124,9 @@ def shard(text: str) -> slice:
 def guard(main) -> None:
     """Run a script's main; a UserError, Ctrl-C and SIGTERM are one line instead of a traceback."""
 
-    def stopped(number: int, _) -> None:
+    def stopped(signal_number: int, _) -> None:
         print("stopped; the same command (without --fresh) continues", file=sys.stderr)
-        sys.exit(128 + number)  # 130 for Ctrl-C, 143 for SIGTERM
+        sys.exit(128 + signal_number)  # 130 for Ctrl-C, 143 for SIGTERM
 
     for stream in [sys.stdout, sys.stderr]:
         if stream:  # a console that cannot show a letter must not end a run
@@ -549,7 +549,7 @@ def laplace(decoder, x: Tensor, mu: Tensor, residual, weight, widen: float = 1.2
         n = len(image)
         curvature = curvature_at(mean, identity.expand(n, d, d))
         basis = torch.linalg.eigh(curvature).eigenvectors[..., -directions:]  # (n, d, r)
-        rest = curvature - basis @ (basis.mT @ curvature @ basis) @ basis.mT
+        others = curvature - basis @ (basis.mT @ curvature @ basis) @ basis.mT
         for t in range(rounds):
             # with the precision L L^T, mean + L^-T noise are codes of the current Gaussian
             factor = torch.linalg.cholesky(identity + curvature)
@@ -560,7 +560,7 @@ def laplace(decoder, x: Tensor, mu: Tensor, residual, weight, widen: float = 1.2
             gradient = pull_back(residual(output, image.repeat_interleave(codes, 0)))[0]
             gradient = gradient.view(n, codes, d).mean(1) - mean  # the prior's is -z
             rate = (t + 1) ** -0.5
-            averaged = rest + basis @ curvature_at(z, basis) @ basis.mT
+            averaged = others + basis @ curvature_at(z, basis) @ basis.mT
             curvature = (1 - rate) * curvature + rate * averaged
             newton = torch.linalg.solve(identity + curvature, gradient[..., None])[..., 0]
             mean = mean + rate * newton
@@ -910,14 +910,10 @@ def markdown_table(lines: list[list[str]], n_text: int) -> str:
 
 
 def cell(seeds: dict, key: str, digits: int) -> str:
-    """'0.97 ± 0.03': mean and standard deviation (n - 1) over the seeds of a row; a text as it is;
-    "–" if no seed has the key.
-    """
+    """'0.97 ± 0.03': mean and standard deviation (n - 1) over a row's seeds; "–" without any."""
     values = [numbers[key] for numbers in seeds.values() if key in numbers]
     if not values:
         return "–"
-    if isinstance(values[0], str):
-        return values[0]
     text = f"{round(float(np.mean(values)), digits) + 0.0:.{digits}f}"  # no -0.00
     if np.ptp(values) > 0:  # more than one, and not all the same
         text += f" ± {np.std(values, ddof=1):.{digits}f}"

@@ -305,7 +305,7 @@ def gan_step(nets: dict, optimizers: dict, x: Tensor, config: dict) -> dict[str,
     G, D, size = nets["G"], nets["D"], (len(x), config["z_dim"])
 
     def judge(images: Tensor) -> Tensor:
-        if "shift" in config:  # else D would learn the training images by heart
+        if "shift" in config:  # tuned: else D would learn the training images by heart
             images = shifted(images, config["shift"])
         return D(images)
 
@@ -434,12 +434,12 @@ def train(run: common.Run, x_train: Tensor, x_val: Tensor, val_features: Tensor,
                 optimizer.param_groups[0]["lr"] = config["lr"] * (1 - (epoch - 1) / last)
         steps = []
         for batch in run.batches(len(x_train), device):
-            found = train_step(nets, optimizers, x_train[batch], config, stage)
+            losses = train_step(nets, optimizers, x_train[batch], config, stage)
             # cloned: compiled on CUDA, the next step writes into the same memory
-            steps.append({key: value.detach().clone() for key, value in found.items()})
+            steps.append({key: value.detach().clone() for key, value in losses.items()})
         row = {}
         for key in steps[0]:  # .item() once an epoch: it waits for a GPU
-            row[key] = torch.stack([found[key] for found in steps]).mean().item()
+            row[key] = torch.stack([losses[key] for losses in steps]).mean().item()
 
         for net in nets.values():
             net.eval()
@@ -466,10 +466,10 @@ def merit(config: dict, epoch: int, row: dict, history: list[dict]) -> tuple:
     """
     if config["model"] != "vae-gan":
         return (row["val_fid"],)
-    stage = config["stage_epochs"]
-    if epoch <= 2 * stage:  # 1 is worse than the 0 of the last stage, whatever follows
+    stage_epochs = config["stage_epochs"]
+    if epoch <= 2 * stage_epochs:  # 1 is worse than the 0 of the last stage, whatever follows
         return 1, row["val_fid"]
-    allowed = SLACK * history[stage - 1]["val_reconstruction"]
+    allowed = SLACK * history[stage_epochs - 1]["val_reconstruction"]
     return 0, max(row["val_reconstruction"], allowed), row["val_fid"]
 
 
@@ -549,9 +549,10 @@ class Reference:
         order = torch.randperm(len(data.x_train), generator=common.generator("real"))
         features, probs = classifier.predict(data.x_train[order[:6 * samples]])
         real = self.score(features[:samples], probs[:samples])
-        # one set alone would be a noisy floor of the FID: the mean of six, where there are six
-        sets = [part for part in features.split(samples) if len(part) == samples]
-        floors = [common.frechet_distance(part, self.test_features) for part in sets]
+        # one set alone would be a noisy floor of the FID: the mean of six
+        floors = []
+        for part in features.split(samples):
+            floors.append(common.frechet_distance(part, self.test_features))
         real |= {"fid": float(np.mean(floors)), "fid_std": float(np.std(floors, ddof=1)),
                  "sets": len(floors)}
         self.scale = {"real": real, "pixel_entropy": common.pixel_entropy(data.x_test)}
@@ -601,7 +602,7 @@ SIZES = ["z 32", "z 64", "z 128"]
 COLLAPSE = {"entropy": 2.0, "classes": 10, "recall": 0.2}  # at least; fixed before the runs
 FID = ("FID / floor", "fid_ratio", 1)
 FID_COLUMNS = [("FID", "fid", 2), ("floor", "floor", 3), FID, ("best epoch", "best_epoch", 1),
-        ("seconds per epoch", "seconds_per_epoch", 1)]
+               ("seconds per epoch", "seconds_per_epoch", 1)]
 RECALL, ERRORS = ("recall", "recall", 2), ("D's errors", "errors", 2)
 MANIFOLD = [("precision", "precision", 2), RECALL, ("coverage", "coverage", 2)]
 ELBO = [("reconstruction", "elbo.reconstruction", 2), ("−ELBO", "elbo.loss", 2)]
@@ -722,11 +723,11 @@ def select(runs: list[dict], *models: str) -> list[dict]:
 
 
 def discriminator_errors(history: list[dict]) -> float:
-    """The shares of real and of generated images that a GAN's D gets wrong, added; the mean of the
-    second half of the epochs. A blind D has 1; near 0 it has won, and G has little to learn from.
+    """The shares of real and of generated images that a GAN's D gets wrong, added: their mean over
+    the last n // 2 + 1 of n epochs. A blind D has 1; near 0 it has won, and G learns little.
     """
-    half = history[-max(3, len(history) // 2 + 1):]
-    return float(np.mean([2 - row["accuracy_real"] - row["accuracy_fake"] for row in half]))
+    late = history[-max(3, len(history) // 2 + 1):]
+    return float(np.mean([2 - row["accuracy_real"] - row["accuracy_fake"] for row in late]))
 
 
 def rows(runs: list[dict]) -> dict:
@@ -764,6 +765,7 @@ def best_of(table: dict, data: str, wanted: str) -> tuple | None:
     """
     means = {}
     for name, seeds in table.items():
+        # with blanks, so that only whole words match
         if kind(name) == wanted and f"{name[0]} ".startswith(f"{data} "):
             means[name] = np.mean([numbers["val_fid"] for numbers in seeds.values()])
     return min(means, key=means.get, default=None)
@@ -799,7 +801,9 @@ def answer(table: dict) -> str:
         for wanted in ["GAN", "tuned GAN", "VAE", "VAE-GAN"]:
             name = best_of(table, title, wanted)
             if name:
-                best.append(f"{name[1]} {name[2]} {common.cell(table[name], 'fid_ratio', 1)}")
+                settings = name[0].removeprefix(title)  # ' bfloat16'
+                ratio = common.cell(table[name], "fid_ratio", 1)
+                best.append(f"{name[1]} {name[2]}{settings} {ratio}")
         lines.append(f"- {title}: FID / floor of the best of each kind: {', '.join(best)} "
                      "(ideal 1).")
     return "\n".join(lines)
@@ -830,8 +834,8 @@ def strips(path: Path, runs: list[dict], pattern: str, columns: int = 16) -> lis
     """
     shown = {}
     for run in runs:
-        files = sorted(run["folder"].glob(pattern))
-        for file in sorted(files, key=lambda file: len(file.name)):  # epoch 5 before epoch 10
+        files = run["folder"].glob(pattern)
+        for file in sorted(files, key=lambda file: (len(file.name), file.name)):  # 5 before 10
             label = f"{', '.join(name_of(run))}: {file.stem.replace('_', ' ')}"
             if label not in shown:
                 shown[label] = load_strip(file)
@@ -908,9 +912,7 @@ def plots(root: Path, runs: list[dict]) -> list[Path]:
 
 
 def report(root: Path) -> None:
-    """Write report.md, results.csv and pictures of the finished runs below root; print the answer
-    and the table.
-    """
+    """Write report.md, results.csv and pictures of the finished runs below root; print the top."""
     runs = all_runs(root)
     gans, vaes = select(runs, "gan", "tuned-gan"), select(runs, "vae", "vae-gan")
     table = rows(runs)

@@ -64,6 +64,7 @@ CODE_PENALTY = 0.01  # ga-ae: weight of |z|^2 / 2
 GEOMETRY = 5.0  # ga-ae: weight of the distortion, nats per unit
 GEOMETRY_EVERY = 4  # steps between two geometric losses
 LOSSES = ["loss", "reconstruction", "code", "distortion"]  # what the objective returns
+ARMS = ["none", "shifts", "smote", "local"]  # downstream: what is added to the training images
 
 
 def parse_args(argv=None):
@@ -239,9 +240,9 @@ def objective(model: Autoencoder, x: Tensor, config: dict, geometry_times: int =
     geometric = torch.zeros_like(reconstruction)
     if config.get("geometry", 0) > 0 and geometry_times > 0:
         # a quarter of the codes is enough; of a small batch at least eight
-        codes = z[::max(1, min(4, len(x) // 8))]
-        # samples are decoded between the codes too: on the lines through pairs of them, up to a
-        # fifth beyond both ends
+        every = max(1, min(4, len(x) // 8))
+        codes = z[::every]
+        # on the lines through pairs of codes: samples are decoded between the codes too
         position = 1.4 * torch.rand(len(codes), 1, device=x.device) - 0.2
         codes = position * codes + (1 - position) * codes.roll(len(codes) // 2, 0)
         with torch.autocast(x.device.type, enabled=False):  # second derivatives need float32
@@ -278,8 +279,7 @@ def train(run: common.Run, x_train: Tensor, x_val: Tensor, use_compile: bool):
             optimizer.zero_grad()
             losses[0].backward()
             optimizer.step()
-            # a compiled function on CUDA reuses its output
-            step_losses.append(losses.detach().clone())
+            step_losses.append(losses.detach().clone())  # compiled on CUDA, its output is reused
         schedule.step()
         train_losses = torch.stack(step_losses).mean(0).tolist()
 
@@ -413,10 +413,7 @@ def within_reach(real: Tensor, fake: Tensor, k: int = 5) -> Tensor:
 
 
 def covered(reach: Tensor) -> float:
-    """Coverage: the share of real features with a fake one in reach, by `within_reach` (N, M).
-
-    About 1 - 2^-k for equal distributions and N = M; it grows with M. Source: Naeem et al. 2020.
-    """
+    """Coverage: the share of real features with a fake one in reach (N, M). Naeem et al. 2020."""
     return reach.any(1).double().mean().item()
 
 
@@ -471,8 +468,7 @@ class Reference:
         mixed = like_training[torch.randperm(len(like_training), generator=g)[:5000]]
         self.test_distance = common.nearest(data.x_test[mixed], self.x_train)[0].mean().item()
 
-        # coverage of the rare ones of the first half by real images that are called rare: those of
-        # the second half, and others by mistake
+        # coverage of the first half's rare images by real images called rare, rightly or not
         called_rare = self.probs_test.argmax(1) == self.rare
         in_second = torch.isin(torch.arange(len(self.y_test)), second)
         features = classifier.test_features
@@ -482,21 +478,17 @@ class Reference:
         self.true_reach = within_reach(self.rare_features, truly_rare)
         self.false_reach = within_reach(self.rare_features, falsely_rare)
         # the share of mistakes among images called rare, in the proportions of training
-        true = self.rare_share * called_rare[is_rare].double().mean()
-        false = (1 - self.rare_share) * called_rare[~is_rare].double().mean()
-        self.false_share = (false / (true + false)).item()
+        rightly = self.rare_share * called_rare[is_rare].double().mean()
+        wrongly = (1 - self.rare_share) * called_rare[~is_rare].double().mean()
+        self.false_share = (wrongly / (rightly + wrongly)).item()
 
     def lifts(self, probs: Tensor, real_indices: Tensor) -> dict:
-        """Lifts and class shares of images by the classifier's probs (N, 10).
-
-        The classifier's errors are counted on the test images of the indices.
-        """
+        """Lifts and class shares by probs (N, 10); errors are counted on real images (indices)."""
         rare, real_y = self.rare, self.y_test[real_indices]
         real_probs = self.probs_test[real_indices]
         counted, share, low, high = class_shares(probs, real_probs, real_y)
 
-        # clear: the share of images that the classifier is sure of, corrected alike: it is sure of
-        # not all real ones, and of a few others
+        # clear: the share that the classifier is sure of, corrected for its sure mistakes
         sure = (probs[:, rare] >= 0.9).double().mean()
         real_sure = (real_probs[:, rare] >= 0.9).double()
         right = real_sure[real_y == rare].mean()
@@ -579,10 +571,10 @@ def train_and_measure(run: common.Run, data: common.Data, classifier, args, devi
     for sampler in args.sampler:
         print(f"measuring {args.samples} samples with {sampler} codes ...", flush=True)
         codes = draw_codes(sampler, args.samples, z, run.config["seed"])
-        x = common.in_chunks(lambda z: model.decode(z, temperature), codes, device)
+        x = common.in_chunks(lambda chunk: model.decode(chunk, temperature), codes, device)
         metrics["samplers"][sampler], called_rare = reference.score(x)
         samples[sampler] = x[:16]
-    samples[f"{sampler}, called rare"] = x[called_rare][:16]
+    samples[f"{sampler}, called rare"] = x[called_rare][:16]  # of the last sampler
     metrics = run.finish(metrics)
     figures(run, z_val, data.y_train[indices["val"]], samples, x_train)
     return metrics
@@ -590,12 +582,11 @@ def train_and_measure(run: common.Run, data: common.Data, classifier, args, devi
 
 # ------------------------------------------------------------------------------------ Downstream
 
-ARMS = ["none", "shifts", "smote", "local"]  # what is added to the training images
-
 
 def shifted(x: Tensor, g: torch.Generator) -> Tensor:
     """Images (N, 1, 28, 28), each moved by up to two pixels in both directions."""
-    top, left = 2 - torch.randint(-2, 3, (len(x), 2), generator=g).T
+    shift = torch.randint(-2, 3, (len(x), 2), generator=g)
+    top, left = 2 - shift.T  # moved down, the window begins higher
     windows = F.pad(x, (2, 2, 2, 2)).unfold(2, 28, 1).unfold(3, 28, 1)  # (N, 1, 5, 5, 28, 28)
     return windows[torch.arange(len(x)), :, top, left]
 
@@ -654,7 +645,7 @@ def downstream(folder: Path, config: dict, data: common.Data, args, device: torc
     temperature = common.load_json(folder / "final_metrics.json")["temperature"]
 
     def decode(codes: Tensor) -> Tensor:
-        return common.in_chunks(lambda z: model.decode(z, temperature), codes, device)
+        return common.in_chunks(lambda chunk: model.decode(chunk, temperature), codes, device)
 
     z = common.in_chunks(model.encode, x, device)[:, :config["latent_dim"]].contiguous()
     result = {"steps": steps, "arms": {}, "environment": common.environment(device, args.command)}

@@ -183,11 +183,6 @@ def log_likelihood(x_hat: Tensor, x: Tensor, sigma: float) -> Tensor:
     return -0.5 * square / sigma**2 - 0.5 * n_pixels * math.log(2 * math.pi * sigma**2)
 
 
-def kl_nats(mu: Tensor, logvar: Tensor) -> Tensor:
-    """KL(N(mu, diag e^logvar) || N(0, I)) of each image, (B,), nats."""
-    return 0.5 * (mu.square() + logvar.exp() - 1 - logvar).sum(1)
-
-
 def negative_elbo(decoder, x: Tensor, q: Tensor, noise: Tensor | None = None) -> Tensor:
     """(-ELBO, -log p(x | z), KL) of each image, (3, B), nats: the KL exact, the rest by one code.
 
@@ -198,7 +193,7 @@ def negative_elbo(decoder, x: Tensor, q: Tensor, noise: Tensor | None = None) ->
         noise = torch.randn_like(mu)
     z = mu + noise * (0.5 * logvar).exp()  # the reparameterisation trick
     reconstruction = -log_likelihood(decoder(z), x, decoder.sigma)
-    kl = kl_nats(mu, logvar)
+    kl = 0.5 * (mu.square() + logvar.exp() - 1 - logvar).sum(1)  # KL(q || N(0, I)), exact
     return torch.stack([reconstruction + kl, reconstruction, kl])
 
 
@@ -217,7 +212,8 @@ def amortised_step(vae: Model, x: Tensor, config: dict, losses_of=negative_elbo)
     return losses.detach().clone()
 
 
-def latent_step(model: Model, x: Tensor, rows: Tensor, config: dict) -> Tensor:
+def latent_step(model: Model, x: Tensor, rows: Tensor, config: dict,
+                losses_of=negative_elbo) -> Tensor:
     """The latents of a batch take their steps; in the last of them the decoder takes one too, down
     the same loss, before either has moved.
 
@@ -228,11 +224,11 @@ def latent_step(model: Model, x: Tensor, rows: Tensor, config: dict) -> Tensor:
     for step in range(1, config["latent_steps"] + 1):
         q = latents.table[rows].requires_grad_()
         with autocast(x, config):
-            losses = negative_elbo(model.decoder, x, q)
-        learning = [q]
+            losses = losses_of(model.decoder, x, q)
+        weights = [q]
         if step == config["latent_steps"]:
-            learning += model.decoder.parameters()
-        losses[0].mean().backward(inputs=learning)
+            weights += model.decoder.parameters()
+        losses[0].mean().backward(inputs=weights)
         latents.step(rows, q.grad * len(x))  # undo the mean: each row has a loss of its own
     model.optimizer.step()
     return losses.detach()
@@ -333,7 +329,7 @@ def train(run: common.Run, vae: Model, latent_opt: Model, x_train: Tensor, x_val
         began = time.perf_counter()
         losses = []
         for rows in run.batches(len(x_train), device, drop_last=False):
-            losses.append(latent_step(latent_opt, x_train[rows], rows, config))
+            losses.append(latent_step(latent_opt, x_train[rows], rows, config, losses_of))
         row |= epoch_means("latent_opt", losses, began)
 
         # only the encoder has q of images that it was not trained on
@@ -398,7 +394,7 @@ def infer(decoder, x: Tensor, q: Tensor, title: str = "best Gaussians") -> Tenso
     latents = RowAdam(q.detach().clone(), lr=0.1, beta2=0.95)
     all_rows = torch.arange(len(x), device=x.device)
     for step in common.progress(range(INFERENCE_STEPS), title):
-        latents.lr = 0.1 * 0.5 * (1 + math.cos(math.pi * step / INFERENCE_STEPS))
+        latents.lr = 0.05 * (1 + math.cos(math.pi * step / INFERENCE_STEPS))  # from 0.1 to 0
         noise = torch.randn(4, 1, q.shape[1] // 2, generator=g).to(x.device)
         for rows in all_rows.split(250):
             # four codes for each image: their mean is a better gradient
@@ -549,9 +545,7 @@ def supervised_accuracy(images: common.Data, seed: int) -> float:
 
 
 def save_log_probabilities(folder: Path, test: Tensor, y: Tensor, on_test: dict) -> None:
-    """log_probabilities.npy: float64 (2 models in MODELS' order, 10 digits, images of a digit);
-    log_probabilities.csv: a line for each test image, whose index is `test` and label y.
-    """
+    """log_probabilities.npy, (2 models, 10 digits, images), and .csv, a line for each image."""
     by_digit = [on_test[kind]["log_px"].view(10, -1).numpy() for kind in MODELS]
     buffer = io.BytesIO()
     np.save(buffer, np.stack(by_digit))
@@ -607,8 +601,8 @@ def rows(runs: list[dict]) -> dict:
             del on_test["gaps"]
             for images, numbers in [("test", on_test), ("training", on_train)]:
                 flat = common.flat(numbers).items()
-                numbers = {key.removesuffix(".mean"): value for key, value in flat}
-                table.setdefault((setting, title, images), {})[seed] = numbers
+                named = {key.removesuffix(".mean"): value for key, value in flat}
+                table.setdefault((setting, title, images), {})[seed] = named
     return table
 
 
