@@ -6,7 +6,7 @@ discriminators, then all of it together. FID, precision, recall, coverage and mi
 all runs on a dataset are measured with the features of one classifier.
 
     python gan_vs_vae.py --model gan --loss hinge --z-dim 32 --dataset mnist --epochs 4  # one GAN
-    python gan_vs_vae.py --dataset mnist                        # half the lab: three hours or more
+    python gan_vs_vae.py --dataset mnist                        # half the lab: about six hours
     python gan_vs_vae.py                                        # the whole lab
     python gan_vs_vae.py --dataset glyphs --train-size 500 --epochs 1 --samples 500      # smoke
 

@@ -369,7 +369,7 @@ def test_the_report_follows_the_numbers():
              for name, chosen in study.pairs(table).items()}
     assert found["hybrids"] == [(hybrid, ("MNIST", "VAE 30 epochs", "latent 8")), (hybrid, hinge)]
     assert found["GANs"] == [(hinge, ("MNIST bfloat16", "GAN bce", "z 32"))]
-    assert "GAN hinge z 32 10.1 ± 0.1" in study.answer(table)
+    assert "GAN hinge z 32 bfloat16 10.1 ± 0.1" in study.answer(table)
     assert study.collapsed(table) == {hybrid: {0: table[hybrid][0]}}
     assert table[hinge][0]["errors"] == pytest.approx(0.6)
     assert list(table).count(("MNIST", "real images", "")) == 1
