@@ -88,7 +88,7 @@ def cite_table() -> str:
     vae, gan, latent = map(published_rows, [vae_mnist, gan_vs_vae, latent_opt])
     mnist, fashion = [gan[name] for name in best_gans() if name[1] == "GAN tuned"]
     gans = "gan_vs_vae.py --model tuned-gan --precision bfloat16 --dataset"
-    lines = [["what", "value", "floor", "n", "epochs", "weights", "command"]]
+    lines = [["what", "command", "value", "floor", "n", "epochs", "weights"]]
     for what, seeds, key, epochs, weights, command in [
             ("NLL, mlp 500, 20-D", vae[VAE], "likelihood.nll", 100, "816 k", "vae_mnist.py"),
             ("−ELBO, mlp 500, 20-D", vae[VAE], "negative_elbo", 100, "816 k", "vae_mnist.py"),
@@ -101,9 +101,9 @@ def cite_table() -> str:
             ("amortisation gap", latent[ENCODER], "start_gap", 30, "976 k",
              "latent_opt.py --codes 5000")]:
         floor = common.cell(seeds, "floor", 3) if key == "fid" else "–"
-        lines.append([what, common.cell(seeds, key, 2), floor, str(len(seeds)), str(epochs),
-                      weights, f"`{command} --seeds 0 1 2`"])
-    return common.markdown_table(lines, 1)
+        lines.append([what, f"`{command} --seeds 0 1 2`", common.cell(seeds, key, 2), floor,
+                      str(len(seeds)), str(epochs), weights])
+    return common.markdown_table(lines, 2)
 
 
 # -------------------------------------------------------- docstrings and the list of published runs
