@@ -36,6 +36,7 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from matplotlib.ticker import AutoLocator, LogLocator, NullLocator
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 from torchvision import datasets
 from torchvision.utils import make_grid
@@ -328,8 +329,6 @@ def split(data: Data, config: dict, n_val: int = 5000) -> dict[str, Tensor]:
 @functools.lru_cache(1)
 def glyphs() -> Data:
     """60,000 + 10,000 digits drawn from matplotlib's fonts; needs no file and no network."""
-    from PIL import Image, ImageDraw, ImageFont
-
     names = ("DejaVuSans DejaVuSans-Bold DejaVuSans-Oblique DejaVuSansMono DejaVuSerif "
              "DejaVuSerif-Bold DejaVuSerif-Italic STIXGeneral STIXGeneralItalic STIXGeneralBol "
              "cmr10 cmss10 cmtt10")
@@ -988,12 +987,8 @@ def verdict(rows: dict, a: tuple, b: tuple, title: str, key: str, digits: int) -
 
 def command_of(run: dict) -> str:
     """The command that makes a finished run again, without seeds and folders."""
-    metrics, precision = run["metrics"], run["config"]["precision"]
-    command = re.sub(r" --(seeds( \d+)+|fresh|out-dir \S+|shard \S+)| pullback", "",
-                     metrics["environment"]["command"])
-    if precision == "bfloat16" and "--precision" not in command:
-        command += " --precision bfloat16"  # the first version chose it by the processor
-    return command
+    return re.sub(r" --(seeds( \d+)+|fresh|out-dir \S+|shard \S+)", "",
+                  run["metrics"]["environment"]["command"])
 
 
 def how_made(runs: list[dict]) -> str:
@@ -1041,10 +1036,14 @@ def write_report(root: Path, sections: list[str], rows: dict, names: list[str]) 
 # ---------------------------------------------------------------------------------------- Figures
 
 
-def save_figure(path: Path, figure: Figure) -> None:
-    """PNG without a date or a version in it: the same numbers give the same bytes."""
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=100, bbox_inches="tight", metadata={"Software": None})
+def save_figure(path: Path, figure: Figure, mode: str = "RGB") -> None:
+    """PNG without a date or a version in it: the same numbers give the same bytes.
+
+    mode "L" keeps shades of grey alone, in half the bytes.
+    """
+    drawn, picture = io.BytesIO(), io.BytesIO()
+    figure.savefig(drawn, dpi=100, bbox_inches="tight")
+    Image.open(drawn).convert(mode).save(picture, "PNG")
     save(path, picture.getvalue())
 
 
@@ -1060,7 +1059,7 @@ def save_grid(path: Path, x: Tensor, columns: int, title: str, row_labels=()) ->
     axes.set_yticks(30 * np.arange(len(row_labels)) + 16, row_labels, fontsize=8)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    save_figure(path, figure)
+    save_figure(path, figure, "L")
 
 
 def plot_history(path: Path, history: list[dict], panels: dict[str, list[str]],
