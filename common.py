@@ -1002,9 +1002,12 @@ def how_made(runs: list[dict]) -> str:
     commands = sorted({command_of(run) for run in runs})
     if len(commands) > 5:
         commands = [*commands[:5], f"... {len(commands) - 5} others, in each final_metrics.json"]
-    return (f"Trained in {all_of('precision')}, {min(minutes):.1f} to {max(minutes):.1f} minutes a "
-            f"run. Device: {all_of('device')}, threads: {all_of('threads')}, torch: "
-            f"{all_of('torch')}, commits: {all_of('commit')}. Commands, without seeds:\n\n```\n"
+    span = f"{min(minutes):.1f}"
+    if len(minutes) > 1:
+        span += f" to {max(minutes):.1f}"
+    return (f"Trained in {all_of('precision')}, {span} minutes a run. Device: {all_of('device')}, "
+            f"threads: {all_of('threads')}, torch: {all_of('torch')}, commits: "
+            f"{all_of('commit')}. Commands, without seeds:\n\n```\n"
             + "\n".join(commands) + "\n```\n")
 
 

@@ -843,7 +843,8 @@ def strips(path: Path, runs: list[dict], pattern: str, columns: int = 16) -> lis
         return []
     labels = []
     for label, strip in shown.items():
-        labels += [label] * (len(strip) // columns)
+        n_rows = len(strip) // columns
+        labels += [*[""] * (n_rows - 1), label]  # above reconstructions stand their test images
     common.save_grid(path, torch.cat(list(shown.values())), columns, path.stem, labels)
     return [path]
 
@@ -933,6 +934,7 @@ def report(root: Path) -> None:
         "## Part 1: GANs", common.results_table(rows(gans), NAMES, GAN_COLUMNS),
         links(strips(root / "GANs.png", gans, "samples.png")),
         "## Part 2: VAEs and hybrids", common.results_table(rows(vaes), NAMES, VAE_COLUMNS),
+        "Reconstructions stand below their test images.",
         links(strips(root / "VAEs_and_hybrids.png", vaes, "samples.png")),
         links(strips(root / "reconstructions.png", vaes, "reconstructions.png", 10)),
         "## Gallery of generated images",
