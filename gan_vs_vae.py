@@ -40,6 +40,8 @@ import itertools
 import math
 from pathlib import Path
 
+import common  # before torch, for whose threads it has a setting
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -48,8 +50,6 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torchvision.ops import Permute
 from torchvision.utils import make_grid
-
-import common
 
 # ---------------------------------------------------------------------------------------- Config
 

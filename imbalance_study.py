@@ -41,14 +41,14 @@ import itertools
 import math
 from pathlib import Path
 
+import common  # before torch, for whose threads it has a setting
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-
-import common
 
 # ---------------------------------------------------------------------------------------- Config
 

@@ -36,11 +36,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import common  # before torch, for whose threads it has a setting
+
 import numpy as np
 import torch
 from torch import Tensor, nn
-
-import common
 
 # ---------------------------------------------------------------------------------------- Config
 

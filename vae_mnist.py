@@ -33,14 +33,14 @@ import itertools
 import math
 from pathlib import Path
 
+import common  # before torch, for whose threads it has a setting
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 from torchvision.utils import save_image
-
-import common
 
 # ---------------------------------------------------------------------------------------- Config
 

@@ -23,6 +23,7 @@ from torchvision import datasets, transforms
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common
+
 import gan_vs_vae
 import imbalance_study
 import vae_mnist

@@ -7,12 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import common
+
 import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-import common  # noqa: E402
 
 DATA_DIR = os.environ.get("MNIST_DATA_DIR", "")
 

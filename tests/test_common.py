@@ -6,14 +6,14 @@
 import gzip
 import math
 
+import common
+
 import numpy as np
 import pytest
 import scipy.linalg
 import scipy.stats
 import torch
 from torch import nn
-
-import common
 
 # ------------------------------------------------------------------------------ Fréchet distance
 

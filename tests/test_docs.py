@@ -8,11 +8,12 @@ import re
 import shlex
 import shutil
 
+import common
+
 import numpy as np
 import pytest
 from conftest import ROOT
 
-import common
 import gan_vs_vae
 import imbalance_study
 import latent_opt

@@ -10,11 +10,12 @@ import subprocess
 import sys
 import time
 
+import common
+
 import numpy as np
 import pytest
 from conftest import ROOT, numbers, script
 
-import common
 import gan_vs_vae
 import imbalance_study
 import latent_opt

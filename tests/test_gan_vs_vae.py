@@ -9,12 +9,13 @@ import functools
 import math
 import types
 
+import common
+
 import numpy as np
 import pytest
 import torch
 from conftest import interrupt_after_epoch
 
-import common
 import gan_vs_vae as study
 
 CPU = torch.device("cpu")

@@ -6,6 +6,8 @@
 import contextlib
 import math
 
+import common
+
 import numpy as np
 import pytest
 import torch
@@ -13,7 +15,6 @@ from conftest import interrupt_after_epoch, refused, script
 from torch import nn
 from torch.distributions import Bernoulli, Normal, kl_divergence
 
-import common
 import imbalance_study as study
 
 SMOKE = ["--dataset", "glyphs", "--train-size", "400", "--rare-ratio", "0.05", "--epochs", "1",

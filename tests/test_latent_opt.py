@@ -7,6 +7,8 @@ import contextlib
 import csv
 import math
 
+import common
+
 import numpy as np
 import pytest
 import torch
@@ -14,7 +16,6 @@ from conftest import interrupt_after_epoch
 from torch import nn
 from torch.distributions import MultivariateNormal, Normal, kl_divergence
 
-import common
 import latent_opt as study
 
 SMOKE = ["--dataset", "glyphs", "--train-size", "100", "--epochs", "1", "--test-images", "20",

@@ -3,13 +3,14 @@
     pytest tests/test_metrics.py
 """
 
+import common
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import DATA_DIR
 
-import common
 import gan_vs_vae
 import imbalance_study as study
 

@@ -11,6 +11,8 @@ import subprocess
 import sys
 import time
 
+import common
+
 import numpy as np
 import pytest
 import torch
@@ -19,7 +21,6 @@ from sklearn.decomposition import PCA
 from torch import nn
 from torch.distributions import Bernoulli, MultivariateNormal, Normal, kl_divergence
 
-import common
 import vae_mnist as study
 
 SMOKE = ["--dataset", "glyphs", "--train-size", "500", "--epochs", "1", "--likelihood-images", "9",
