@@ -194,6 +194,11 @@ def compiled(function, on: bool, device: torch.device):
     return torch.compile(function, mode=mode) if on else function
 
 
+def autocast(x: Tensor, config: dict):
+    """A context in which networks compute in the run's precision; their outputs are .float()."""
+    return torch.autocast(x.device.type, torch.bfloat16, enabled=config["precision"] == "bfloat16")
+
+
 def progress(items, title: str):
     """Iterate behind a progress bar; in a log file one line says what begins."""
     if not sys.stderr.isatty():
@@ -510,14 +515,14 @@ def nearest(x: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def laplace(decoder, x: Tensor, mu: Tensor, residual, weight, widen: float = 1.2, rounds: int = 3,
-            codes: int = 8, directions: int = 40) -> tuple[Tensor, Tensor]:
+def laplace(decoder, x: Tensor, mu: Tensor, output_gradient, output_curvature, widen: float = 1.2,
+            rounds: int = 3, codes: int = 8, directions: int = 40) -> tuple[Tensor, Tensor]:
     """Gaussian proposals for p(z | x) of images x (B, P) under the prior N(0, I).
 
     Returns the means (B, d) and the Cholesky factors of the precisions (B, d, d). mu (B, d) is
     where to begin. decoder maps codes (N, d) to outputs (N, P); for log p(x | z),
-    residual(output, x) is the gradient by the output and weight(output) minus the second
-    derivative, both (N, P).
+    output_gradient(output, x) is the gradient by the output and output_curvature(output) minus
+    the second derivative, both (N, P).
 
     A Laplace approximation takes gradient and curvature at the posterior's mode. Here both are
     averaged over codes from the current Gaussian, in rounds of variational Gauss-Newton. On
@@ -542,7 +547,7 @@ def laplace(decoder, x: Tensor, mu: Tensor, residual, weight, widen: float = 1.2
         """
         n_codes = len(z) // len(basis)
         j = torch.func.vmap(jacobian)(z, basis.repeat_interleave(n_codes, 0))  # (n K, P, r)
-        scaled = j * weight(decoder(z)).sqrt()[..., None]
+        scaled = j * output_curvature(decoder(z)).sqrt()[..., None]
         scaled = scaled.reshape(len(basis), -1, basis.shape[2])
         return scaled.mT @ scaled / n_codes
 
@@ -559,7 +564,8 @@ def laplace(decoder, x: Tensor, mu: Tensor, residual, weight, widen: float = 1.2
             z = (mean[..., None] + away).mT.flatten(0, 1)  # (n codes, d)
 
             output, pull_back = torch.func.vjp(decoder, z)
-            gradient = pull_back(residual(output, image.repeat_interleave(codes, 0)))[0]
+            gradient = pull_back(
+                output_gradient(output, image.repeat_interleave(codes, 0)))[0]
             gradient = gradient.view(n, codes, d).mean(1) - mean  # the prior's is -z
             rate = (t + 1) ** -0.5
             averaged = others + basis @ curvature_at(z, basis) @ basis.mT
@@ -889,7 +895,8 @@ def flat(metrics: dict, prefix: str = "") -> dict[str, float]:
 def suffix(config: dict, **defaults) -> str:
     """The end of a run's name, such as '_epochs30_n500': its settings that are not the default."""
     short = {"epochs": "epochs", "batch_size": "batch", "lr": "lr", "latent_dim": "d",
-             "train_size": "n", "precision": ""}
+             "latent_lr": "latentlr", "latent_steps": "latentsteps", "train_size": "n",
+             "precision": ""}
     changed = [key for key in defaults if config[key] != defaults[key]]
     return "".join(f"_{short[key]}{config[key]}" for key in changed)
 

@@ -282,11 +282,6 @@ def shifted(x: Tensor, by: int) -> Tensor:
     return windows[torch.arange(n, device=x.device), :, down, right]
 
 
-def autocast(x: Tensor, config: dict):
-    """A context in which networks compute in the run's precision; losses stay float32."""
-    return torch.autocast(x.device.type, torch.bfloat16, enabled=config["precision"] == "bfloat16")
-
-
 @torch.compiler.disable  # only the forward passes are compiled
 def update(optimizers: list[torch.optim.Optimizer], loss: Tensor) -> None:
     """A step of Adam down the loss, of the networks of these optimisers alone."""
@@ -310,7 +305,7 @@ def gan_step(nets: dict, optimizers: dict, x: Tensor, config: dict) -> dict[str,
         return D(images)
 
     # D's turn: G only supplies images, hence detach
-    with autocast(x, config):
+    with common.autocast(x, config):
         fake = G(torch.randn(size, device=x.device)).detach()
         # real and generated images in batches of their own: BatchNorm would mix them
         real_logits, fake_logits = judge(x), judge(fake)
@@ -319,7 +314,7 @@ def gan_step(nets: dict, optimizers: dict, x: Tensor, config: dict) -> dict[str,
 
     # G's turn: fresh noise, before the D that has just learned. The gradient comes through D,
     # which tells every pixel how to look more real
-    with autocast(x, config):
+    with common.autocast(x, config):
         logits = judge(G(torch.randn(size, device=x.device)))
     g_loss = generator_loss(config["loss"], logits)
     update([optimizers["G"]], g_loss)
@@ -332,7 +327,7 @@ def gan_step(nets: dict, optimizers: dict, x: Tensor, config: dict) -> dict[str,
 
 def vae_step(nets: dict, optimizers: dict, x: Tensor, config: dict) -> dict[str, Tensor]:
     """Encoder and decoder lower -ELBO: the VAE, and the hybrid's first stage."""
-    with autocast(x, config):
+    with common.autocast(x, config):
         losses = elbo_losses(nets["E"], nets["G"], x)
     update([optimizers["E"], optimizers["G"]], losses["loss"])
     return losses
@@ -351,7 +346,7 @@ def vae_step(nets: dict, optimizers: dict, x: Tensor, config: dict) -> dict[str,
 def discriminators_step(nets: dict, optimizers: dict, x: Tensor, config: dict) -> dict[str, Tensor]:
     """The hybrid's discriminators, of images and of codes, learn: the first half of its steps."""
     E, G, H, D, D_z = nets["E"], nets["G"], nets["H"], nets["D"], nets["D_z"]
-    with autocast(x, config):
+    with common.autocast(x, config):
         mu, logvar = E(x).detach().chunk(2, dim=1)
         real_codes = mu + torch.randn_like(mu) * (0.5 * logvar).exp()
         fake_codes = H(torch.randn(len(x), noise_dim(config), device=x.device)).detach()
@@ -379,7 +374,7 @@ def codes_loss(nets: dict, x: Tensor, config: dict, image_weight: float) -> Tens
 def codes_step(nets: dict, optimizers: dict, x: Tensor, config: dict) -> dict[str, Tensor]:
     """The hybrid's second stage: H learns, while the VAE stays as it is."""
     found = discriminators_step(nets, optimizers, x, config)
-    with autocast(x, config):
+    with common.autocast(x, config):
         h_loss = codes_loss(nets, x, config, FROZEN_IMAGES)
     update([optimizers["H"]], ADVERSARIAL * h_loss)  # Adam's step is the same without the factor
     return found | {"h_loss": h_loss}
@@ -388,7 +383,7 @@ def codes_step(nets: dict, optimizers: dict, x: Tensor, config: dict) -> dict[st
 def vae_gan_step(nets: dict, optimizers: dict, x: Tensor, config: dict) -> dict[str, Tensor]:
     """The hybrid's third stage: the VAE learns too, to reconstruct and to deceive at once."""
     found = discriminators_step(nets, optimizers, x, config)
-    with autocast(x, config):
+    with common.autocast(x, config):
         h_loss = codes_loss(nets, x, config, image_weight=1)
         losses = elbo_losses(nets["E"], nets["G"], x)
     update([optimizers["E"], optimizers["G"], optimizers["H"]],
@@ -585,9 +580,6 @@ def evaluate(run: common.Run, nets: dict, best_epoch: int, x_train: Tensor, refe
     if "E" in nets:
         torch.manual_seed(common.seed_from(config["seed"], "test"))
         metrics["elbo"] = mean_elbo(nets, x_test.to(device))
-    metrics["parameters"] = {}
-    for name, net in nets.items():
-        metrics["parameters"][name] = sum(weight.numel() for weight in net.parameters())
     metrics = run.finish(metrics | run.timing() | {
         "n": samples, "scale": reference.scale, "best_epoch": best_epoch,
         "classifier": reference.classifier.identity})
@@ -617,9 +609,9 @@ VAE_LOSSES = [("−ELBO, validation, nats", None, ["val_loss"], []),
               ("KL, nats", None, ["val_kl"], [])]
 
 
-def row_name(config: dict, n: int = SAMPLES) -> tuple[str, str, str]:
+def row_name(config: dict) -> tuple[str, str, str]:
     """('MNIST', 'GAN hinge', 'z 32'); settings that are not the default follow the first two:
-    ('MNIST bfloat16', 'VAE 30 epochs', 'latent 8'). n: how many samples were measured.
+    ('MNIST bfloat16', 'VAE 30 epochs', 'latent 8').
     """
     usual = epochs_and_rate(config["model"], EPOCHS, LEARNING_RATE)
     model = MODELS[config["model"]]
@@ -630,15 +622,8 @@ def row_name(config: dict, n: int = SAMPLES) -> tuple[str, str, str]:
     changed = common.suffix(config, batch_size=BATCH_SIZE, lr=usual["lr"], train_size=TRAIN_SIZE,
                             precision="float32")
     data = common.DATASETS[config["dataset"]] + changed.replace("_", " ")
-    if n != SAMPLES:
-        data += f" {n} samples"
     size = f"z {config['z_dim']}" if "z_dim" in config else f"latent {config['latent_dim']}"
     return data, model, size
-
-
-def name_of(run: dict) -> tuple[str, str, str]:
-    """The row name of a finished run."""
-    return row_name(run["config"], run["metrics"]["n"])
 
 
 def variant(config: dict) -> str:
@@ -734,7 +719,7 @@ def rows(runs: list[dict]) -> dict:
     """Row name -> seed -> numbers: the one place where JSON becomes a table."""
     table = {}
     for run in runs:
-        name, metrics, scale = name_of(run), run["metrics"], run["metrics"]["scale"]
+        name, metrics, scale = row_name(run["config"]), run["metrics"], run["metrics"]["scale"]
         floor = scale["real"]["fid"]
         # what real images score does not depend on the precision of a training
         real_name = name[0].replace(" bfloat16", ""), "real images", ""
@@ -836,7 +821,8 @@ def strips(path: Path, runs: list[dict], pattern: str, columns: int = 16) -> lis
     for run in runs:
         files = run["folder"].glob(pattern)
         for file in sorted(files, key=lambda file: (len(file.name), file.name)):  # 5 before 10
-            label = f"{', '.join(name_of(run))}: {file.stem.replace('_', ' ')}"
+            name = ", ".join(row_name(run["config"]))
+            label = f"{name}: {file.stem.replace('_', ' ')}"
             if label not in shown:
                 shown[label] = load_strip(file)
     if not shown:
@@ -860,7 +846,7 @@ def plot_losses(path: Path, runs: list[dict], panels: list[tuple]) -> None:
             colors = {}
             for run in runs:
                 if (run["config"]["dataset"], run["config"].get("loss")) == (dataset, loss):
-                    color = colors.setdefault(name_of(run)[1:], f"C{len(colors)}")
+                    color = colors.setdefault(row_name(run["config"])[1:], f"C{len(colors)}")
                     epochs = range(1, len(run["history"]) + 1)
                     for column, style in zip(columns, ["-", "--"], strict=False):
                         values = [epoch[column] for epoch in run["history"]]
@@ -924,13 +910,15 @@ def report(root: Path) -> None:
         return "\n\n".join(common.image_links(root, files))
 
     titles = dict.fromkeys(common.DATASETS[run["config"]["dataset"]] for run in runs)
+    samples = ", ".join(map(str, sorted({run["metrics"]["n"] for run in runs})))
     least = ", ".join(f"{key} {value:g}" for key, value in COLLAPSE.items())
     common.write_report(root, [
         f"# GAN against VAE on {' and '.join(titles)}",
         "Which makes better images, a GAN or a VAE, and what does combining them bring?",
         "## Summary", f"**Answer.**\n\n{answers}",
-        "Every epoch is chosen on validation images; ± is the standard deviation over n seeds. "
-        f"Pictures are of the first seed. {common.glossary(root)}",
+        f"Of each run {samples} images are measured. Its epoch is chosen on validation images. "
+        "± is the standard deviation over n seeds. Pictures are of the first seed. "
+        f"{common.glossary(root)}",
         "## Part 1: GANs", common.results_table(rows(gans), NAMES, GAN_COLUMNS),
         links(strips(root / "GANs.png", gans, "samples.png")),
         "## Part 2: VAEs and hybrids", common.results_table(rows(vaes), NAMES, VAE_COLUMNS),

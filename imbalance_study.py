@@ -46,6 +46,7 @@ import common  # before torch, for whose threads it has a setting
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.colors import LogNorm
 from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 from torch.autograd import forward_ad
@@ -267,14 +268,13 @@ def train(run: common.Run, x_train: Tensor, x_val: Tensor, use_compile: bool):
     schedule = common.cosine_schedule(optimizer, config["epochs"])
     run.restore(model=model, optimizer=optimizer, schedule=schedule)
     loss_function = common.compiled(objective, use_compile, device)
-    low_precision = config["precision"] == "bfloat16"
 
     for _ in run.epochs():
         step_losses = []
         for i, batch in enumerate(run.batches(len(x_train), device)):
             # the distortion is slow: at every fourth step, four times as heavy
             geometry_times = GEOMETRY_EVERY if i % GEOMETRY_EVERY == 0 else 0
-            with torch.autocast(device.type, torch.bfloat16, enabled=low_precision):
+            with common.autocast(x_train, config):
                 losses = loss_function(model, x_train[batch], config, geometry_times)
             optimizer.zero_grad()
             losses[0].backward()
@@ -412,11 +412,6 @@ def within_reach(real: Tensor, fake: Tensor, k: int = 5) -> Tensor:
     return common.distances(real, fake) < radius[:, None]
 
 
-def covered(reach: Tensor) -> float:
-    """Coverage: the share of real features with a fake one in reach (N, M). Naeem et al. 2020."""
-    return reach.any(1).double().mean().item()
-
-
 def thinned(y: Tensor, digit: int, share: float, g: torch.Generator) -> Tensor:
     """Indices of labels y (N,), as many as possible, among which the digit has that share."""
     order = torch.randperm(len(y), generator=g)
@@ -425,6 +420,40 @@ def thinned(y: Tensor, digit: int, share: float, g: torch.Generator) -> Tensor:
     if n_rare > len(rare):  # the digit is not rare enough: the others are thinned
         others = others[:round(len(rare) * (1 - share) / share)]
     return torch.cat([others, rare[:n_rare]])
+
+
+class RareCoverage:
+    """Coverage (Naeem et al. 2020) of one half's rare test images by images that are called rare.
+
+    Those are generated or, to know what is best, real ones of the other half. Among real images
+    called rare are the classifier's mistakes, as many as in training.
+    """
+
+    def __init__(self, classifier, is_rare: Tensor, digit: int, in_half: Tensor, rare_share: float):
+        """is_rare, in_half (N,): which test images are of the digit, and which in the half."""
+        features, called_rare = classifier.test_features, classifier.test_probs.argmax(1) == digit
+        self.features = features[is_rare & in_half]
+        self.true_reach = within_reach(self.features, features[called_rare & is_rare & ~in_half])
+        self.false_reach = within_reach(self.features, features[called_rare & ~is_rare])
+        self.n_real = self.true_reach.shape[1]
+        rightly = rare_share * called_rare[is_rare].double().mean()
+        wrongly = (1 - rare_share) * called_rare[~is_rare].double().mean()
+        self.false_share = (wrongly / (rightly + wrongly)).item()
+
+    def by_images(self, features: Tensor) -> float:
+        """Coverage by generated images with these features, (n, 64)."""
+        return within_reach(self.features, features).any(1).double().mean().item()
+
+    def by_real_images(self, n: int) -> float:
+        """Coverage by n real images, the mean of twenty draws."""
+        g, coverages = common.generator("rare draws"), []
+        n_false = round(n * self.false_share)
+        for _ in range(20):
+            true = torch.randperm(self.n_real, generator=g)[:n - n_false]
+            false = torch.randint(max(1, self.false_reach.shape[1]), (n_false,), generator=g)
+            reach = torch.cat([self.true_reach[:, true], self.false_reach[:, false]], 1)
+            coverages.append(reach.any(1).double().mean().item())
+        return float(np.mean(coverages))
 
 
 class Reference:
@@ -448,8 +477,7 @@ class Reference:
         g = common.generator("test halves")
         order = torch.randperm(len(self.y_test), generator=g)
         order = order[self.y_test[order].argsort(stable=True)]  # by class, at random within it
-        self.halves = [order[::2], order[1::2]]
-        first, second = self.halves
+        self.halves = first, second = order[::2], order[1::2]
 
         # FID: against test images in the proportions of training. Its floor: training images.
         like_training = thinned(self.y_test, self.rare, self.rare_share, g)
@@ -468,19 +496,8 @@ class Reference:
         mixed = like_training[torch.randperm(len(like_training), generator=g)[:5000]]
         self.test_distance = common.nearest(data.x_test[mixed], self.x_train)[0].mean().item()
 
-        # coverage of the first half's rare images by real images called rare, rightly or not
-        called_rare = self.probs_test.argmax(1) == self.rare
-        in_second = torch.isin(torch.arange(len(self.y_test)), second)
-        features = classifier.test_features
-        self.rare_features = features[first[is_rare[first]]]
-        truly_rare = features[called_rare & is_rare & in_second]
-        falsely_rare = features[called_rare & ~is_rare]
-        self.true_reach = within_reach(self.rare_features, truly_rare)
-        self.false_reach = within_reach(self.rare_features, falsely_rare)
-        # the share of mistakes among images called rare, in the proportions of training
-        rightly = self.rare_share * called_rare[is_rare].double().mean()
-        wrongly = (1 - self.rare_share) * called_rare[~is_rare].double().mean()
-        self.false_share = (wrongly / (rightly + wrongly)).item()
+        in_first = torch.isin(torch.arange(len(self.y_test)), first)
+        self.coverage = RareCoverage(classifier, is_rare, self.rare, in_first, self.rare_share)
 
     def lifts(self, probs: Tensor, real_indices: Tensor) -> dict:
         """Lifts and class shares by probs (N, 10); errors are counted on real images (indices)."""
@@ -505,42 +522,28 @@ class Reference:
         features, probs = self.classifier.predict(x)
         called_rare = probs.argmax(1) == self.rare
         n_rare = int(called_rare.sum())
-        distance = common.nearest(x[:5000], self.x_train)[0].mean().item()
+        distance, _ = common.nearest(x[:5000], self.x_train)
         scores = {"n": len(x), "n_rare": n_rare,
                   "rare_recall_at_2000": int(called_rare[:2000].sum()) / self.n_test_rare,
                   **self.lifts(probs, torch.arange(len(self.y_test))),
                   "fid": common.frechet_distance(features, self.features_like_training),
-                  "copying": distance / self.test_distance}
-        n = min(n_rare, self.true_reach.shape[1])  # as many generated images as real ones
+                  "copying": distance.mean().item() / self.test_distance}
+        n = min(n_rare, self.coverage.n_real)  # as many generated images as real ones
         if n > 10:
-            reach = within_reach(self.rare_features, features[called_rare][:n])
-            scores["rare"] = {"coverage": covered(reach)}
-            scores["rare_real"] = {"coverage": self.real_coverage(n)}
+            scores["rare"] = {"coverage": self.coverage.by_images(features[called_rare][:n])}
+            scores["rare_real"] = {"coverage": self.coverage.by_real_images(n)}
         return scores, called_rare
-
-    def real_coverage(self, n: int) -> float:
-        """Coverage by n real images that are called rare, the mean of twenty draws."""
-        g, coverages = common.generator("rare draws"), []
-        n_true, n_false = self.true_reach.shape[1], self.false_reach.shape[1]
-        n_drawn_false = round(n * self.false_share)
-        for _ in range(20):
-            true = torch.randperm(n_true, generator=g)[:n - n_drawn_false]
-            false = torch.randint(max(1, n_false), (n_drawn_false,), generator=g)
-            reach = torch.cat([self.true_reach[:, true], self.false_reach[:, false]], 1)
-            coverages.append(covered(reach))
-        return float(np.mean(coverages))
 
 
 @torch.no_grad()
-def flatness(model: Autoencoder, z: Tensor) -> dict:
-    """Distortion and median condition number of G = J^T J at codes z (N, d), from the whole J."""
+def exact_distortion(model: Autoencoder, z: Tensor) -> float:
+    """The `distortion` at codes z (N, d) without its noise: from the whole of G = J^T J."""
     jacobian = torch.func.vmap(torch.func.jacfwd(lambda code: model.decode(code[None]).flatten()))
     j = torch.cat([jacobian(codes) for codes in z.split(64)])  # (N, 784, d)
-    eigenvalues = torch.linalg.eigvalsh((j.mT @ j).cpu().double())  # of G, (N, d), ascending
-    trace, trace_of_square = eigenvalues.sum(1).mean(), eigenvalues.square().sum(1).mean()
-    condition = eigenvalues[:, -1] / eigenvalues[:, 0].clamp(min=1e-12)
-    return {"distortion": (z.shape[1] * trace_of_square / trace**2 - 1).item(),
-            "condition_number": condition.median().item()}
+    metric = (j.mT @ j).cpu().double()  # G, (N, d, d)
+    trace = metric.diagonal(dim1=1, dim2=2).sum(1).mean()
+    trace_of_square = metric.square().sum((1, 2)).mean()  # G is symmetric
+    return (z.shape[1] * trace_of_square / trace**2 - 1).item()
 
 
 def train_and_measure(run: common.Run, data: common.Data, classifier, args, device) -> dict:
@@ -559,12 +562,11 @@ def train_and_measure(run: common.Run, data: common.Data, classifier, args, devi
     chosen = torch.randperm(len(z_val), generator=common.generator("flatness"))[:512]
     best = run.history[best_epoch - 1]
     metrics = {
-        "n_train_rare": round(len(z) * reference.rare_share),
         "train_share": reference.train_share.tolist(),
         "classifier": classifier.identity, **run.timing(), "best_epoch": best_epoch,
         "validation": {key: best[f"val_{key}"] for key in LOSSES if f"val_{key}" in best},
-        "validation_pixel_entropy": common.pixel_entropy(x_val),
-        "temperature": temperature, "flatness": flatness(model, z_val[chosen].to(device)),
+        "validation_pixel_entropy": common.pixel_entropy(x_val), "temperature": temperature,
+        "flatness": {"distortion": exact_distortion(model, z_val[chosen].to(device))},
         "fid_floor": reference.fid_floor, "real": reference.real, "samplers": {}}
 
     samples = {}  # for the pictures
@@ -794,8 +796,6 @@ def answer(table: dict, rare: str) -> list[str]:
 
 def lift_map(path: Path, shown: dict, title: str) -> None:
     """The lift of every class in coloured cells: blue below 1, red above, white where faithful."""
-    from matplotlib.colors import LogNorm
-
     labels, lifts = [], []
     for (_, model, sampler), seeds in shown.items():
         labels.append(f"{model}, {sampler}")

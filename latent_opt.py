@@ -50,6 +50,8 @@ SHOWN_EPOCHS = [1, 5, 10, 20, 30]  # weights and pictures are saved at these and
 BATCH_SIZE = 64
 TRAIN_SIZE = 20_000
 LEARNING_RATE = 1e-3
+LATENT_RATE = 0.01  # learning rate of the latents
+LATENT_STEPS = 2  # steps of a batch's latents for each step of the decoder
 N_VAL = 5000
 N_SHOWN = 10  # pictured training images, and one test image of each digit
 INFERENCE_STEPS = 300  # to the best Gaussian of an image
@@ -60,9 +62,8 @@ def parse_args(argv=None):
     parser = common.Parser("latent_opt", __doc__, epochs=EPOCHS, batch_size=BATCH_SIZE,
                            lr=LEARNING_RATE)
     flag, number = parser.add_argument, common.number
-    flag("--latent-lr", type=number(float, 1e-9, 100), default=0.01, help="rate of the latents")
-    flag("--latent-steps", type=number(int, 1), default=2,
-         help="steps of a batch's latents for each step of the decoder")
+    flag("--latent-lr", type=number(float, 1e-9, 100), default=LATENT_RATE, help="of the latents")
+    flag("--latent-steps", type=number(int, 1), default=LATENT_STEPS, help="for one of the decoder")
     flag("--latent-dim", type=number(int, 1, 784), default=200, help="dimensions of z")
     flag("--sigma", type=number(float, 1e-3), default=0.4, help="of a pixel given z")
     flag("--test-images", type=number(int, 20), default=1000,
@@ -78,21 +79,16 @@ def configurations(args, dataset: str) -> list[dict]:
         configs.append({
             "dataset": dataset, "latent_dim": args.latent_dim, "sigma": args.sigma,
             "epochs": args.epochs, "batch_size": args.batch_size, "lr": args.lr,
-            "latent_lr": args.latent_lr, "latent_steps": args.latent_steps,
-            "train_size": args.train_size or TRAIN_SIZE, "precision": args.precision,
-            "seed": seed})
+            "latent_lr": args.latent_lr, "latent_steps": args.latent_steps, "seed": seed,
+            "train_size": args.train_size or TRAIN_SIZE, "precision": args.precision})
     return configs
 
 
 def variant(config: dict) -> str:
     """A run's folder without its seed: 'd200_sigma0.4', and settings that are not the default."""
-    name = f"d{config['latent_dim']}_sigma{config['sigma']:g}"
-    if config["latent_lr"] != 0.01:
-        name += f"_latentlr{config['latent_lr']:g}"
-    if config["latent_steps"] != 2:
-        name += f"_latentsteps{config['latent_steps']}"
-    return name + common.suffix(config, epochs=EPOCHS, batch_size=BATCH_SIZE, lr=LEARNING_RATE,
-                                train_size=TRAIN_SIZE, precision="float32")
+    return f"d{config['latent_dim']}_sigma{config['sigma']:g}" + common.suffix(
+        config, latent_lr=LATENT_RATE, latent_steps=LATENT_STEPS, epochs=EPOCHS,
+        batch_size=BATCH_SIZE, lr=LEARNING_RATE, train_size=TRAIN_SIZE, precision="float32")
 
 
 def stratified(y: Tensor, n: int, *key: int | str) -> Tensor:
@@ -197,43 +193,6 @@ def negative_elbo(decoder, x: Tensor, q: Tensor, noise: Tensor | None = None) ->
     return torch.stack([reconstruction + kl, reconstruction, kl])
 
 
-def autocast(x: Tensor, config: dict):
-    """A context in which networks compute in the run's precision."""
-    return torch.autocast(x.device.type, torch.bfloat16, enabled=config["precision"] == "bfloat16")
-
-
-def amortised_step(vae: Model, x: Tensor, config: dict, losses_of=negative_elbo) -> Tensor:
-    """Encoder and decoder take a step. Returns (3, B), nats. losses_of may be compiled."""
-    with autocast(x, config):
-        losses = losses_of(vae.decoder, x, vae.inference(x))
-    vae.optimizer.zero_grad()
-    losses[0].mean().backward()
-    vae.optimizer.step()
-    return losses.detach().clone()
-
-
-def latent_step(model: Model, x: Tensor, rows: Tensor, config: dict,
-                losses_of=negative_elbo) -> Tensor:
-    """The latents of a batch take their steps; in the last of them the decoder takes one too, down
-    the same loss, before either has moved.
-
-    x (B, 1, 28, 28) are the images of these rows (B,) of the latents. Returns (3, B), nats.
-    """
-    latents = model.inference
-    model.optimizer.zero_grad()
-    for step in range(1, config["latent_steps"] + 1):
-        q = latents.table[rows].requires_grad_()
-        with autocast(x, config):
-            losses = losses_of(model.decoder, x, q)
-        weights = [q]
-        if step == config["latent_steps"]:
-            weights += model.decoder.parameters()
-        losses[0].mean().backward(inputs=weights)
-        latents.step(rows, q.grad * len(x))  # undo the mean: each row has a loss of its own
-    model.optimizer.step()
-    return losses.detach()
-
-
 class RowAdam(nn.Module):
     """Adam on the rows of a table (N, D): a step touches the rows given to it and no other.
 
@@ -260,6 +219,42 @@ class RowAdam(nn.Module):
         count = self.count[rows]
         scale = (self.square[rows] / (1 - self.beta2**count)).sqrt() + 1e-8
         self.table[rows] -= self.lr * self.mean[rows] / (1 - 0.9**count) / scale
+
+
+def amortised_step(model: Model, x: Tensor, rows: Tensor, config: dict,
+                   losses_of=negative_elbo) -> Tensor:
+    """Encoder and decoder take a step. Returns (3, B), nats. losses_of may be compiled.
+
+    The images' rows (B,) in the training set are not needed: that is what an encoder is for.
+    """
+    with common.autocast(x, config):
+        losses = losses_of(model.decoder, x, model.inference(x))
+    model.optimizer.zero_grad()
+    losses[0].mean().backward()
+    model.optimizer.step()
+    return losses.detach().clone()
+
+
+def latent_step(model: Model, x: Tensor, rows: Tensor, config: dict,
+                losses_of=negative_elbo) -> Tensor:
+    """The latents of a batch take their steps; in the last of them the decoder takes one too, down
+    the same loss, before either has moved.
+
+    x (B, 1, 28, 28) are the images of these rows (B,) of the latents. Returns (3, B), nats.
+    """
+    latents = model.inference
+    model.optimizer.zero_grad()
+    for step in range(1, config["latent_steps"] + 1):
+        q = latents.table[rows].requires_grad_()
+        with common.autocast(x, config):
+            losses = losses_of(model.decoder, x, q)
+        weights = [q]
+        if step == config["latent_steps"]:
+            weights += model.decoder.parameters()
+        losses[0].mean().backward(inputs=weights)
+        latents.step(rows, q.grad * len(x))  # undo the mean: each row has a loss of its own
+    model.optimizer.step()
+    return losses.detach()
 
 
 def pca_posterior(x: Tensor, latent_dim: int, sigma: float):
@@ -305,55 +300,43 @@ def build(kind: str, config: dict, x_train: Tensor) -> Model:
     return Model(decoder, inference, start, optimizer)
 
 
-def train(run: common.Run, vae: Model, latent_opt: Model, x_train: Tensor, x_val: Tensor,
+def train(run: common.Run, models: dict[str, Model], x_train: Tensor, x_val: Tensor,
           x_shown: Tensor, use_compile: bool) -> None:
-    """Train both models, or continue, with the same batches and noise. The last epoch is used.
-
-    x_shown are the pictured training images, then the test images.
-    """
+    """Train both models, or continue, with the same batches and noise. The last epoch is used."""
     config, device = run.config, x_train.device
     run.save_every = 10  # the latents of all images and their moments are 92 MB
-    run.restore(vae_decoder=vae.decoder, encoder=vae.inference, vae_optimizer=vae.optimizer,
-                latent_decoder=latent_opt.decoder, latents=latent_opt.inference,
-                latent_optimizer=latent_opt.optimizer)
+    parts = {}
+    for kind, model in models.items():
+        parts |= {f"{kind}_decoder": model.decoder, f"{kind}_inference": model.inference,
+                  f"{kind}_optimizer": model.optimizer}
+    run.restore(**parts)
     losses_of = common.compiled(negative_elbo, use_compile, device)
 
     for epoch in run.epochs():
-        began = time.perf_counter()
-        losses = []
-        for rows in run.batches(len(x_train), device, drop_last=False):
-            losses.append(amortised_step(vae, x_train[rows], config, losses_of))
-        row = epoch_means("vae", losses, began)
+        row = {}
+        for kind, step in [("vae", amortised_step), ("latent_opt", latent_step)]:
+            torch.manual_seed(common.seed_from(config["seed"], "noise", epoch))  # for both models
+            began = time.perf_counter()
+            losses = []
+            for rows in run.batches(len(x_train), device, drop_last=False):
+                losses.append(step(models[kind], x_train[rows], rows, config, losses_of))
+            loss, reconstruction, kl = torch.cat(losses, dim=1).mean(1).tolist()
+            row |= {f"{kind}_loss": loss, f"{kind}_reconstruction": reconstruction,
+                    f"{kind}_kl": kl, f"{kind}_seconds": time.perf_counter() - began}
 
-        torch.manual_seed(common.seed_from(config["seed"], "noise", epoch))  # as run.epochs does
-        began = time.perf_counter()
-        losses = []
-        for rows in run.batches(len(x_train), device, drop_last=False):
-            losses.append(latent_step(latent_opt, x_train[rows], rows, config, losses_of))
-        row |= epoch_means("latent_opt", losses, began)
-
-        # only the encoder has q of images that it was not trained on
+        vae = models["vae"]
         torch.manual_seed(common.seed_from(config["seed"], "validation"))
-        with torch.no_grad():
+        with torch.no_grad():  # only the encoder has q of images that it was not trained on
             val_losses = negative_elbo(vae.decoder, x_val, vae.inference(x_val))
         row["vae_val_loss"] = val_losses[0].mean().item()
         if epoch in [*SHOWN_EPOCHS, config["epochs"]]:
-            save_shown(run.folder, epoch, vae, latent_opt, x_shown)
+            save_shown(run.folder, epoch, models, x_shown)
         run.log(row)
 
 
-def epoch_means(kind: str, losses: list[Tensor], began: float) -> dict[str, float]:
-    """Columns of the history from the losses (3, B) of every batch: each image counts alike."""
-    loss, reconstruction, kl = torch.cat(losses, dim=1).mean(1).tolist()
-    return {f"{kind}_loss": loss, f"{kind}_reconstruction": reconstruction, f"{kind}_kl": kl,
-            f"{kind}_seconds": time.perf_counter() - began}
-
-
-def save_shown(folder: Path, epoch: int, vae: Model, latent_opt: Model, x: Tensor) -> None:
-    """Weights of an epoch, <kind>_epoch_<n>.pt, and its pictures: reconstructions of the test
-    images in x for each model, samples, and all of x for both.
-    """
-    x_test = x[N_SHOWN:]
+def save_shown(folder: Path, epoch: int, models: dict[str, Model], x: Tensor) -> None:
+    """Weights of an epoch and pictures: of x (training images, then test images), of samples."""
+    vae, latent_opt, x_test = models["vae"], models["latent_opt"], x[N_SHOWN:]
     trained_q = latent_opt.inference.table[:N_SHOWN].clone()  # all of the table would be 30 MB
     test_q = infer(latent_opt.decoder, x_test, latent_opt.start(x_test))
     common.save(folder / f"vae_epoch_{epoch}.pt", {
@@ -427,10 +410,10 @@ def log_px(decoder, x: Tensor, mu: Tensor, k: int, title: str = "log p(x)"):
     prior for one in ten.
     """
 
-    def residual(x_hat: Tensor, pixels: Tensor) -> Tensor:
+    def output_gradient(x_hat: Tensor, pixels: Tensor) -> Tensor:
         return (pixels - x_hat) / decoder.sigma**2  # gradient of log p(x | z) by x_hat
 
-    def curvature(x_hat: Tensor) -> Tensor:
+    def output_curvature(x_hat: Tensor) -> Tensor:
         return torch.full_like(x_hat, 1 / decoder.sigma**2)  # minus its second derivative
 
     def log_px_given_z(images: Tensor, z: Tensor) -> Tensor:  # codes (K, B, d) to (K, B)
@@ -443,7 +426,8 @@ def log_px(decoder, x: Tensor, mu: Tensor, k: int, title: str = "log p(x)"):
     values, effective_sizes = [], []
     for rows in common.progress(torch.arange(len(x)).split(20), title):
         images = x[rows]
-        mean, factor = common.laplace(decode, images.flatten(1), mu[rows], residual, curvature)
+        mean, factor = common.laplace(decode, images.flatten(1), mu[rows], output_gradient,
+                                      output_curvature)
         value, size = common.importance_sampling(functools.partial(log_px_given_z, images), mean,
                                                  factor, k, rows=1000)
         values.append(value)
@@ -669,7 +653,7 @@ def train_and_measure(run: common.Run, data: common.Data, classifier, args,
     x_shown = torch.cat([images.x_train[:N_SHOWN], data.x_test[shown].to(device)])
 
     models = {kind: build(kind, config, images.x_train) for kind in MODELS}
-    train(run, models["vae"], models["latent_opt"], images.x_train, x_val, x_shown, args.compile)
+    train(run, models, images.x_train, x_val, x_shown, args.compile)
 
     began = time.perf_counter()
     metrics, on_test = {}, {}
@@ -682,12 +666,9 @@ def train_and_measure(run: common.Run, data: common.Data, classifier, args,
                           "seconds_train": sum(seconds)}
     save_log_probabilities(run.folder, test_rows, images.y_test, on_test)
     train_features, _ = classifier.predict(data.x_train[:10_000])
-    weights = {}
-    for name, network in [("decoder", models["vae"].decoder), ("encoder", models["vae"].inference)]:
-        weights[name] = sum(weight.numel() for weight in network.parameters())
     result = run.finish({
         "n_test": args.test_images, "n_train": min(args.test_images // 5, config["train_size"]),
-        "codes": args.codes, "models": metrics, "parameters": weights,
+        "codes": args.codes, "models": metrics,
         "supervised_accuracy_subset": supervised_accuracy(images, config["seed"]),
         "fid_floor": common.frechet_distance(train_features, classifier.test_features),
         "classifier": classifier.identity, "seconds_train": run.timing()["seconds_train"],

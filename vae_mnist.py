@@ -261,13 +261,12 @@ def train(run: common.Run, x_train: Tensor, x_val: Tensor, use_compile: bool) ->
     schedule = common.cosine_schedule(optimizer, config["epochs"])
     run.restore(model=model, optimizer=optimizer, schedule=schedule)
     loss_function = common.compiled(objective, use_compile, device)
-    low_precision = config["precision"] == "bfloat16"
 
     def step(x: Tensor) -> Tensor:
         if config["binarize"] == "dynamic":
             x = torch.bernoulli(x)  # new pixels for every batch
         # the networks alone may be in bfloat16: they return float32 for the loss
-        with torch.autocast(device.type, torch.bfloat16, enabled=low_precision):
+        with common.autocast(x_train, config):
             losses = loss_function(model, x, config)
         optimizer.zero_grad()
         losses[0].backward()

@@ -15,14 +15,14 @@ import tempfile
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import common
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import common
 
 import gan_vs_vae
 import imbalance_study

@@ -7,7 +7,10 @@
 import re
 import shlex
 import shutil
+import sys
+from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for python tests/test_docs.py
 import common
 
 import numpy as np

@@ -148,7 +148,7 @@ def test_every_step_stays_on_its_device(monkeypatch, device, model, stage):
     for net in nets.values():
         getattr(net, "module", net).to(device)  # the moving average counts on the CPU
     if device == "meta":  # which autocast and fused Adam do not know
-        monkeypatch.setattr(study, "autocast", lambda x, config: contextlib.nullcontext())
+        monkeypatch.setattr(common, "autocast", lambda x, config: contextlib.nullcontext())
         monkeypatch.setattr(study, "update", lambda chosen, loss: loss.backward())
     losses = study.step(nets, optimizers, torch.rand(16, 1, 28, 28, device=device), config, stage)
     assert {value.device.type for value in losses.values()} == {device}
@@ -179,7 +179,7 @@ def test_bfloat16_is_of_the_networks_alone(model, stage, images):
         assert {value.dtype for value in losses[precision].values()} == {torch.float32}
         assert next(nets["G"].parameters()).dtype == torch.float32
         if "D_z" in nets:
-            with study.autocast(images, config):
+            with common.autocast(images, config):
                 assert nets["D_z"](torch.rand(16, 4)).dtype == torch.float32
     key = "d_loss" if model == "gan" else "loss"
     full, half = (losses[precision][key].item() for precision in ["float32", "bfloat16"])
@@ -346,9 +346,8 @@ def test_rows_and_folders_are_named_by_values():
     assert study.row_name(vae) == ("MNIST bfloat16", "VAE 30 epochs", "latent 4")
     assert study.variant(vae) == "mnist/MNIST_VAE_30_epochs_latent4_bfloat16"
     assert study.row_name(finished("tuned-gan")["config"]) == ("MNIST", "GAN tuned", "z 32")
-    hybrid = finished("vae-gan", lr=1e-3)
-    hybrid["metrics"]["n"] = 500
-    assert study.name_of(hybrid) == ("MNIST lr0.001 500 samples", "VAE-GAN", "latent 4")
+    hybrid = finished("vae-gan", lr=1e-3)["config"]
+    assert study.row_name(hybrid) == ("MNIST lr0.001", "VAE-GAN", "latent 4")
 
 
 def test_the_report_follows_the_numbers():
@@ -363,7 +362,7 @@ def test_the_report_follows_the_numbers():
             runs.append(run)
     runs[2]["metrics"]["recall"] = 0.1
     table = study.rows(runs)
-    hinge, hybrid = study.name_of(runs[0]), study.name_of(runs[2])
+    hinge, hybrid = (study.row_name(runs[i]["config"]) for i in [0, 2])
     assert study.best_of(table, "MNIST", "GAN") == hinge
     assert study.best_of(table, "MNIST bfloat16", "VAE") is None
     found = {name: [pair for pair in chosen if pair[0] in table and pair[1] in table]

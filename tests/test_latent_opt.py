@@ -163,7 +163,7 @@ def trained(folder, x, *flags) -> tuple[common.Run, dict]:
     config = study.configurations(study.parse_args([*SMOKE, *flags]), "glyphs")[0]
     run = common.Run(folder, config)
     models = {kind: study.build(kind, config, x) for kind in study.MODELS}
-    study.train(run, *models.values(), x, x[:5], x[:20], False)
+    study.train(run, models, x, x[:5], x[:20], False)
     return run, models
 
 
@@ -214,7 +214,7 @@ def test_an_interrupted_training_continues_bitwise(tmp_path, monkeypatch, quick)
     train("parts")
     a, b = (torch.load(tmp_path / folder / "checkpoint.pt", weights_only=True)
             for folder in ["whole", "parts"])
-    for part in ["vae_decoder", "encoder", "latent_decoder", "latents"]:
+    for part in ["vae_decoder", "vae_inference", "latent_opt_decoder", "latent_opt_inference"]:
         assert all(torch.equal(a[part][key], b[part][key]) for key in a[part]), part
 
 
@@ -226,18 +226,18 @@ DEVICES = ["meta", "cpu", pytest.param("cuda", marks=pytest.mark.skipif(
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_steps_stay_on_their_device_and_losses_are_float32(monkeypatch, device, precision):
     if device == "meta":  # which autocast does not know
-        monkeypatch.setattr(study, "autocast", lambda x, config: contextlib.nullcontext())
+        monkeypatch.setattr(common, "autocast", lambda x, config: contextlib.nullcontext())
     monkeypatch.setattr(study, "INFERENCE_STEPS", 2)
     config = {"precision": precision, "latent_steps": 2}
     x, rows = torch.rand(8, 1, 28, 28, device=device), torch.arange(8, device=device)
     decoder, encoder = study.Decoder(12, 0.4).to(device), study.Encoder(12).to(device)
     latents = study.RowAdam(torch.zeros(8, 24, device=device), 0.01)
     adam = torch.optim.Adam([*decoder.parameters(), *encoder.parameters()], foreach=True)
-    with study.autocast(x, config):
+    with common.autocast(x, config):
         q = encoder(x)
         outputs = [q, decoder(q[:, :12])]
     vae, latent_opt = (study.Model(decoder, part, None, adam) for part in [encoder, latents])
-    losses, steps = [study.amortised_step(vae, x, config)], []
+    losses, steps = [study.amortised_step(vae, x, rows, config)], []
     next(decoder.parameters()).register_hook(lambda gradient: steps.append(1))
     losses.append(study.latent_step(latent_opt, x, rows, config))
     assert len(steps) == 1  # of the decoder, for two of the latents
