@@ -484,12 +484,18 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     return float(means + cov_a.trace() + cov_b.trace() - 2 * cross)
 
 
-def distances(a: Tensor, b: Tensor) -> Tensor:
-    """All distances between vectors a (N, D) and b (M, D), (N, M), float64.
+def within_reach(real: Tensor, fake: Tensor, k: int = 5) -> Tensor:
+    """(N, M) bool: is a fake feature (M, D) nearer to a real one (N, D) than its k-th real one?
 
-    Exact: by products of matrices, as torch would take them, small ones would cancel.
+    Distances are exact: by products of matrices, as torch would take them, small ones cancel.
     """
-    return torch.cdist(a.double(), b.double(), compute_mode="donot_use_mm_for_euclid_dist")
+    real, fake, exact = real.double(), fake.double(), "donot_use_mm_for_euclid_dist"
+    parts = []
+    for chunk in real.split(1000):
+        # the nearest of all is the feature itself, hence k + 1
+        near = torch.cdist(chunk, real, compute_mode=exact).topk(k + 1, largest=False).values
+        parts.append(torch.cdist(chunk, fake, compute_mode=exact) < near[:, k:])
+    return torch.cat(parts)
 
 
 def pixel_entropy(x: Tensor) -> float:
@@ -943,7 +949,7 @@ def difference(rows: dict, a: tuple, b: tuple, key: str, digits: int) -> tuple[i
 
     The sign is 0 if the t-interval includes zero. A single seed is judged by its value.
     """
-    from scipy.stats import ttest_rel  # takes a second
+    from scipy.stats import ttest_rel  # slow to import
 
     seeds_a, seeds_b = rows.get(a, {}), rows.get(b, {})
     seeds = [seed for seed in seeds_a if key in seeds_a[seed] and key in seeds_b.get(seed, {})]
@@ -1107,7 +1113,7 @@ def plot_codes(path: Path, codes: np.ndarray, labels: np.ndarray, title: str) ->
         axes.set(xticks=range(10), xlabel="class", ylabel="z")
     else:
         if codes.shape[1] > 2 and np.ptp(codes, axis=0).max() > 1e-6:  # not all the same
-            from sklearn.manifold import TSNE  # takes a second
+            from sklearn.manifold import TSNE  # slow to import
             print("t-SNE of 1,000 codes ...", flush=True)
             codes, labels = codes[:1000].astype(np.float64), labels[:1000]
             perplexity = min(30, (len(codes) - 1) / 3)

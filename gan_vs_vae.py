@@ -66,7 +66,7 @@ CODE_RATE = 5  # H and the discriminator of codes learn so many times as fast as
 FROZEN_IMAGES = 0.1  # second stage: weight of the discriminator of images in H's loss
 CODE_NOISE = 32  # dimensions of the noise that H turns into codes, at least
 ADVERSARIAL = 10.0  # third stage: weight of the adversarial loss beside -ELBO
-SLACK = 1.05  # it may lose 5 % of its VAE's reconstruction on validation images
+SLACK = 1.05  # the hybrid may lose 5 % of its VAE's reconstruction on validation images
 
 
 def parse_args(argv=None):
@@ -189,7 +189,7 @@ def initialise(net: nn.Module, keep: nn.Module | None = None) -> nn.Module:
 
 
 def last_tenth(average: Tensor, new: Tensor, step: Tensor) -> Tensor:
-    """A moving average over about the last tenth of all steps: the newest weighs 10 / (10 + t)."""
+    """A moving average of about the last tenth of all steps: the newest weighs 10 / (10 + step)."""
     return average + 10 / (10 + step) * (new - average)
 
 
@@ -213,7 +213,7 @@ def build(config: dict, device: torch.device) -> tuple[dict, dict]:
         # without BatchNorm in its hidden layer D won from the first epoch with one seed of five
         nets["D"] = initialise(ConvNet(1, hidden_norm=True, width=width))
     else:
-        nets["E"] = initialise(ConvNet(2 * latent_dim))  # a mean and a variance for each code
+        nets["E"] = initialise(ConvNet(2 * latent_dim))  # a mean and a log-variance for each code
         decoder = Generator(latent_dim)
         # the last layer keeps larger weights: with small ones three of four seeds lagged
         nets["G"] = initialise(decoder, keep=decoder.trunk[-1])
@@ -376,7 +376,7 @@ def codes_step(nets: dict, optimizers: dict, x: Tensor, config: dict) -> dict[st
     found = discriminators_step(nets, optimizers, x, config)
     with common.autocast(x, config):
         h_loss = codes_loss(nets, x, config, FROZEN_IMAGES)
-    update([optimizers["H"]], ADVERSARIAL * h_loss)  # Adam's step is the same without the factor
+    update([optimizers["H"]], ADVERSARIAL * h_loss)  # as in stage 3, where this Adam goes on
     return found | {"h_loss": h_loss}
 
 
@@ -456,8 +456,8 @@ def train(run: common.Run, x_train: Tensor, x_val: Tensor, val_features: Tensor,
 def merit(config: dict, epoch: int, row: dict, history: list[dict]) -> tuple:
     """What the best epoch minimises: the FID on validation images.
 
-    A hybrid's best epoch is one of its last stage. All epochs that reconstruct within 5 % of its
-    VAE tie, and the FID decides among them; beyond that the reconstruction comes first.
+    Of a hybrid it is an epoch of the last stage. All that reconstruct within 5 % of its VAE tie,
+    and the FID decides among them; beyond that the reconstruction comes first.
     """
     if config["model"] != "vae-gan":
         return (row["val_fid"],)
@@ -506,27 +506,11 @@ def manifold_metrics(real: Tensor, fake: Tensor, k: int = 5) -> dict[str, float]
     the share of fake features in a real ball. Recall: of real features in a fake ball. Coverage: of
     real balls with a fake feature in them. Sources: Kynkäänniemi et al. 2019; Naeem et al. 2020.
     """
-
-    def radii(features: Tensor) -> Tensor:
-        nearest = []
-        for chunk in features.split(1000):
-            distance = common.distances(chunk, features)
-            # the nearest of all is the feature itself, hence k + 1
-            nearest.append(distance.topk(k + 1, largest=False).values[:, k])
-        return torch.cat(nearest)
-
-    real_radii, fake_radii = radii(real), radii(fake)
-    precise = torch.zeros(len(fake), dtype=torch.bool)
-    recalled, covered = [], []
-    for chunk, radius in zip(real.split(1000), real_radii.split(1000), strict=True):
-        distance = common.distances(chunk, fake)  # (1000, M)
-        in_real_ball = distance < radius[:, None]
-        precise |= in_real_ball.any(0)
-        covered.append(in_real_ball.any(1))
-        recalled.append((distance < fake_radii).any(1))
-    return {"precision": precise.double().mean().item(),
-            "recall": torch.cat(recalled).double().mean().item(),
-            "coverage": torch.cat(covered).double().mean().item()}
+    in_real_ball = common.within_reach(real, fake, k)  # (N, M)
+    in_fake_ball = common.within_reach(fake, real, k)  # (M, N)
+    return {"precision": in_real_ball.any(0).double().mean().item(),
+            "recall": in_fake_ball.any(0).double().mean().item(),
+            "coverage": in_real_ball.any(1).double().mean().item()}
 
 
 class Reference:
@@ -711,7 +695,7 @@ def discriminator_errors(history: list[dict]) -> float:
     """The shares of real and of generated images that a GAN's D gets wrong, added: their mean over
     the last n // 2 + 1 of n epochs. A blind D has 1; near 0 it has won, and G learns little.
     """
-    late = history[-max(3, len(history) // 2 + 1):]
+    late = history[-(len(history) // 2 + 1):]
     return float(np.mean([2 - row["accuracy_real"] - row["accuracy_fake"] for row in late]))
 
 
@@ -723,7 +707,7 @@ def rows(runs: list[dict]) -> dict:
         floor = scale["real"]["fid"]
         # what real images score does not depend on the precision of a training
         real_name = name[0].replace(" bfloat16", ""), "real images", ""
-        real = scale["real"] | {"floor": floor, "fid_ratio": 1.0, "copying": 1.0,
+        real = common.flat(scale["real"]) | {"floor": floor, "fid_ratio": 1.0, "copying": 1.0,
                                 "elbo.reconstruction": scale["pixel_entropy"]}
         table.setdefault(real_name, {None: real})
 
@@ -739,8 +723,8 @@ def rows(runs: list[dict]) -> dict:
 
 
 def kind(name: tuple) -> str:
-    """'GAN', 'tuned GAN', 'VAE' or 'VAE-GAN' by a row's name; 'real' of real images."""
-    return "tuned GAN" if name[1].startswith("GAN tuned") else name[1].split(" ")[0]
+    """'GAN', 'GAN tuned', 'VAE' or 'VAE-GAN' by a row's name; 'real' of real images."""
+    return "GAN tuned" if name[1].startswith("GAN tuned") else name[1].split(" ")[0]
 
 
 def best_of(table: dict, data: str, wanted: str) -> tuple | None:
@@ -783,7 +767,7 @@ def answer(table: dict) -> str:
     lines = []
     for title in dict.fromkeys(name[0].split(" ")[0] for name in table):
         best = []
-        for wanted in ["GAN", "tuned GAN", "VAE", "VAE-GAN"]:
+        for wanted in ["GAN", "GAN tuned", "VAE", "VAE-GAN"]:
             name = best_of(table, title, wanted)
             if name:
                 settings = name[0].removeprefix(title)  # ' bfloat16'

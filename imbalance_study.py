@@ -141,10 +141,10 @@ def split(data: common.Data, config: dict) -> dict[str, Tensor]:
         raise common.UserError(f"--train-size {n_train} needs {n_others + n_others_val} images of "
                                f"the other classes, there are {len(others)}; take a smaller one")
     if n_rare < 1 or n_rare + n_rare_val > len(rare):
-        largest = math.floor(1e4 * len(rare) / (n_train + n_val)) / 1e4
+        largest = min(0.5, math.floor(1e4 * len(rare) / (n_train + n_val)) / 1e4)
         raise common.UserError(f"--rare-ratio {ratio:g} needs {n_rare + n_rare_val} images of "
                                f"class {config['rare_digit']}, there are {len(rare)}; possible is "
-                               f"{0.5 / n_train:g} to {largest:g}")
+                               f"{1 / n_train:g} to {largest:g}")
     return {"train": torch.cat([rare[:n_rare], others[:n_others]]),
             "val": torch.cat([rare[n_rare:][:n_rare_val], others[n_others:][:n_others_val]])}
 
@@ -219,7 +219,7 @@ def objective(model: Autoencoder, x: Tensor, config: dict, geometry_times: int =
 
     loss = reconstruction + code term + geometry * distortion. All but the distortion are nats per
     image: summed over pixels or dimensions, averaged over the batch. The code term has its weight
-    in it. The distortion counts `geometry_times` over; 0 leaves it out.
+    in it. The distortion is multiplied by `geometry_times`; at 0 it is not computed.
     """
     z = model.encode(x)
     if config["model"] == "vae":
@@ -240,10 +240,9 @@ def objective(model: Autoencoder, x: Tensor, config: dict, geometry_times: int =
 
     geometric = torch.zeros_like(reconstruction)
     if config.get("geometry", 0) > 0 and geometry_times > 0:
-        # a quarter of the codes is enough; of a small batch at least eight
-        every = max(1, min(4, len(x) // 8))
-        codes = z[::every]
-        # on the lines through pairs of codes: samples are decoded between the codes too
+        stride = max(1, min(4, len(x) // 8))  # a quarter of the codes, but at least eight
+        codes = z[::stride]
+        # on lines through pairs of codes, up to a fifth beyond them: samples lie there too
         position = 1.4 * torch.rand(len(codes), 1, device=x.device) - 0.2
         codes = position * codes + (1 - position) * codes.roll(len(codes) // 2, 0)
         with torch.autocast(x.device.type, enabled=False):  # second derivatives need float32
@@ -347,7 +346,7 @@ def draw_codes(sampler: str, n: int, z: Tensor, seed: int) -> Tensor:
         covariance = torch.cov(z.double().T).view(d, d) + 1e-9 * torch.eye(d)
         return z.mean(0) + noise @ torch.linalg.cholesky(covariance).float().T
 
-    from sklearn.mixture import GaussianMixture  # takes a second
+    from sklearn.mixture import GaussianMixture  # slow to import
 
     mixture = GaussianMixture(min(10, len(z)), random_state=0, reg_covar=1e-5)
     with threadpool_limits(1):  # small products: beside a busy process threads make it slower
@@ -381,13 +380,13 @@ def match_contrast(logits: Tensor, x: Tensor) -> float:
 
 def class_shares(probs: Tensor, real_probs: Tensor, real_y: Tensor,
                  draws: int = 4000) -> tuple[np.ndarray, ...]:
-    """(q, pi, low, high): the share of every class among images, counted and corrected, (10,) each.
+    """(counted, share, low, high) for every class among images, (10,) each.
 
     probs (N, 10) are the classifier's for the images, real_probs (M, 10) for real images with
-    labels real_y (M,). The shares q that it counts are not the true ones, pi: if C[t, c] is how
-    often it calls a real t a c, then q = C^T pi. This is solved for pi (Rogan and Gladen 1978).
-    From low to high is the 95 % interval of pi when q and C are drawn from their Dirichlet
-    posteriors. Images that resemble no real ones are beyond this correction.
+    labels real_y (M,). The classifier errs: if rates[t, c] is how often it calls a real t a c, then
+    counted = rates^T share. This is solved for share (Rogan and Gladen 1978). From low to high is
+    its 95 % interval, with counted and rates drawn from their Dirichlet posteriors. Images that
+    resemble no real ones are beyond this correction.
     """
     counts = np.bincount(probs.argmax(1).numpy(), minlength=10).astype(float)
     confusion = np.zeros((10, 10))
@@ -403,13 +402,6 @@ def class_shares(probs: Tensor, real_probs: Tensor, real_y: Tensor,
     drawn_shares = np.linalg.solve(drawn_rates.swapaxes(1, 2), drawn_counted[..., None])[..., 0]
     low, high = np.quantile(drawn_shares.clip(0, 1), [0.025, 0.975], axis=0)
     return counted, share, low, high
-
-
-def within_reach(real: Tensor, fake: Tensor, k: int = 5) -> Tensor:
-    """(N, M) bool: is a fake feature (M, D) nearer to a real one (N, D) than its k-th real one?"""
-    # of the k + 1 nearest the first is the feature itself
-    radius = common.distances(real, real).topk(k + 1, largest=False).values[:, k]
-    return common.distances(real, fake) < radius[:, None]
 
 
 def thinned(y: Tensor, digit: int, share: float, g: torch.Generator) -> Tensor:
@@ -433,8 +425,9 @@ class RareCoverage:
         """is_rare, in_half (N,): which test images are of the digit, and which in the half."""
         features, called_rare = classifier.test_features, classifier.test_probs.argmax(1) == digit
         self.features = features[is_rare & in_half]
-        self.true_reach = within_reach(self.features, features[called_rare & is_rare & ~in_half])
-        self.false_reach = within_reach(self.features, features[called_rare & ~is_rare])
+        truly_rare = features[called_rare & is_rare & ~in_half]
+        self.true_reach = common.within_reach(self.features, truly_rare)
+        self.false_reach = common.within_reach(self.features, features[called_rare & ~is_rare])
         self.n_real = self.true_reach.shape[1]
         rightly = rare_share * called_rare[is_rare].double().mean()
         wrongly = (1 - rare_share) * called_rare[~is_rare].double().mean()
@@ -442,7 +435,7 @@ class RareCoverage:
 
     def by_images(self, features: Tensor) -> float:
         """Coverage by generated images with these features, (n, 64)."""
-        return within_reach(self.features, features).any(1).double().mean().item()
+        return common.within_reach(self.features, features).any(1).double().mean().item()
 
     def by_real_images(self, n: int) -> float:
         """Coverage by n real images, the mean of twenty draws."""
@@ -511,10 +504,10 @@ class Reference:
         right = real_sure[real_y == rare].mean()
         wrong = real_sure[real_y != rare].mean()
         clear_share = ((sure - wrong) / (right - wrong)).item()
-        lifts = {"rare_lift": counted[rare], "calibrated_lift": share[rare],
+        shares = {"rare_lift": counted[rare], "calibrated_lift": share[rare],
                  "calibrated_lift_low": low[rare], "calibrated_lift_high": high[rare],
                  "clear_lift": clear_share}
-        lifts = {key: float(value) / self.rare_share for key, value in lifts.items()}
+        lifts = {key: float(value) / self.rare_share for key, value in shares.items()}
         return {**lifts, "class_share": share.tolist()}
 
     def score(self, x: Tensor) -> tuple[dict, Tensor]:

@@ -143,7 +143,7 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Mean of p(x | z) = N(x_hat, sigma^2 I): codes (B, d) to (B, 1, 28, 28) in (0, 1).
 
-    No layer couples the images of a batch, and none differs between training and use.
+    There is no BatchNorm and no dropout: images of a batch do not affect each other.
     """
 
     def __init__(self, latent_dim: int, sigma: float):
@@ -237,8 +237,8 @@ def amortised_step(model: Model, x: Tensor, rows: Tensor, config: dict,
 
 def latent_step(model: Model, x: Tensor, rows: Tensor, config: dict,
                 losses_of=negative_elbo) -> Tensor:
-    """The latents of a batch take their steps; in the last of them the decoder takes one too, down
-    the same loss, before either has moved.
+    """The latents of a batch take their steps. Down the loss of the last one the decoder takes its
+    own.
 
     x (B, 1, 28, 28) are the images of these rows (B,) of the latents. Returns (3, B), nats.
     """
@@ -254,7 +254,7 @@ def latent_step(model: Model, x: Tensor, rows: Tensor, config: dict,
         losses[0].mean().backward(inputs=weights)
         latents.step(rows, q.grad * len(x))  # undo the mean: each row has a loss of its own
     model.optimizer.step()
-    return losses.detach()
+    return losses.detach().clone()
 
 
 def pca_posterior(x: Tensor, latent_dim: int, sigma: float):
@@ -302,7 +302,7 @@ def build(kind: str, config: dict, x_train: Tensor) -> Model:
 
 def train(run: common.Run, models: dict[str, Model], x_train: Tensor, x_val: Tensor,
           x_shown: Tensor, use_compile: bool) -> None:
-    """Train both models, or continue, with the same batches and noise. The last epoch is used."""
+    """Train both models, or continue, with the same batches. The last epoch is used."""
     config, device = run.config, x_train.device
     run.save_every = 10  # the latents of all images and their moments are 92 MB
     parts = {}
@@ -315,7 +315,7 @@ def train(run: common.Run, models: dict[str, Model], x_train: Tensor, x_val: Ten
     for epoch in run.epochs():
         row = {}
         for kind, step in [("vae", amortised_step), ("latent_opt", latent_step)]:
-            torch.manual_seed(common.seed_from(config["seed"], "noise", epoch))  # for both models
+            torch.manual_seed(common.seed_from(config["seed"], "noise", epoch))
             began = time.perf_counter()
             losses = []
             for rows in run.batches(len(x_train), device, drop_last=False):
@@ -380,7 +380,7 @@ def infer(decoder, x: Tensor, q: Tensor, title: str = "best Gaussians") -> Tenso
         latents.lr = 0.05 * (1 + math.cos(math.pi * step / INFERENCE_STEPS))  # from 0.1 to 0
         noise = torch.randn(4, 1, q.shape[1] // 2, generator=g).to(x.device)
         for rows in all_rows.split(250):
-            # four codes for each image: their mean is a better gradient
+            # four codes for each image steady the gradient; that it is a sum, Adam ignores
             table = latents.table[rows].requires_grad_()
             images = x[rows].repeat(4, 1, 1, 1)  # (4 B, 1, 28, 28)
             shared_noise = noise.expand(-1, len(rows), -1).flatten(0, 1)  # (4 B, d)
@@ -475,7 +475,7 @@ def fid_of_samples(decoder: Decoder, config: dict, classifier, device: torch.dev
 
 def probe(z: Tensor, y: Tensor, z_test: Tensor, y_test: Tensor) -> float:
     """Test accuracy of a linear classifier on codes (logistic regression)."""
-    from sklearn.linear_model import LogisticRegression  # takes a second
+    from sklearn.linear_model import LogisticRegression  # slow to import
 
     model = LogisticRegression(C=0.1, max_iter=300).fit(z.numpy(), y.numpy())
     return float(model.score(z_test.numpy(), y_test.numpy()))

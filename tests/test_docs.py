@@ -50,7 +50,7 @@ def best_gans() -> list[tuple]:
     rows = published_rows(gan_vs_vae)
     return [gan_vs_vae.best_of(rows, data, kind)
             for data in ["MNIST bfloat16", "FashionMNIST bfloat16"]
-            for kind in ["GAN", "tuned GAN", "VAE", "VAE-GAN"]]
+            for kind in ["GAN", "GAN tuned", "VAE", "VAE-GAN"]]
 
 
 ENCODER = ("d200_sigma0.4", "amortised VAE", "test")

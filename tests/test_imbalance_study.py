@@ -302,6 +302,6 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path):
     refused(script("imbalance_study.py", "--report-only", cwd=tmp_path), "no finished run")
     argv = [*SMOKE, "--model", "ae", "--out-dir", str(tmp_path / "out"), "--train-size", "50000"]
     for ratios in [["0.02", "0.5"], ["0.000001"]]:
-        with pytest.raises(common.UserError, match=r"possible is 1e-05 to 0\.11"):
+        with pytest.raises(common.UserError, match=r"possible is 2e-05 to 0\.11"):
             study.main([*argv, "--rare-ratio", *ratios])
     assert not list(tmp_path.iterdir())
