@@ -1,9 +1,5 @@
-"""The imbalance study: objectives and samplers against oracles, runs, resume, bad input.
+"""The imbalance study: objectives and samplers against oracles, runs, resume, bad input."""
 
-    pytest tests/test_imbalance_study.py
-"""
-
-import contextlib
 import math
 
 import common
@@ -11,34 +7,23 @@ import common
 import numpy as np
 import pytest
 import torch
-from conftest import interrupt_after_epoch, refused, script
-from torch import nn
-from torch.distributions import Bernoulli, Normal, kl_divergence
+import torch.nn.functional as F
+from conftest import SMOKES, check_elbo, check_precisions, check_report, check_resume
 
 import imbalance_study as study
 
-SMOKE = ["--dataset", "glyphs", "--train-size", "400", "--rare-ratio", "0.05", "--epochs", "1",
-         "--samples", "2000", "--device", "cpu"]
+SMOKE = SMOKES["imbalance_study"]
 VAE, AE = {"model": "vae", "beta": 1.0}, {"model": "ae"}
 GA_AE = {"model": "ga-ae", "code_penalty": 0.01, "geometry": 5.0}
 
 # ---------------------------------------------------------------------------------------- objective
 
 
-def test_the_objective_of_a_vae_is_that_of_torch_distributions_per_image():
-    model, x = study.Autoencoder(4, True), torch.rand(16, 1, 28, 28).round()
-    model.encoder[-1].weight.data *= 100  # far from N(0, I)
-    torch.manual_seed(1)
-    loss, reconstruction, kl, _ = study.objective(model, x, VAE)
-    mu, logvar = model.encode(x).chunk(2, 1)
-    q = Normal(mu, (0.5 * logvar).exp())
-    torch.manual_seed(1)
-    logits = model.to_logits(q.mean + torch.randn(16, 4) * q.stddev)
-    log_likelihood = Bernoulli(logits=logits).log_prob(x).flatten(1).sum(1).mean()
-    want = kl_divergence(q, Normal(0.0, 1.0)).sum(1).mean()
-    assert kl.item() == pytest.approx(want.item(), rel=1e-5) and kl > 1
-    assert reconstruction.item() == pytest.approx(-log_likelihood.item(), rel=1e-5)
-    assert loss.item() == pytest.approx((reconstruction + kl).item())
+def test_the_objective_of_a_vae_against_torch_distributions():
+    model = study.Autoencoder(4, True)
+    model.encoder[-1].weight.data *= 100
+    check_elbo(lambda x: study.objective(model, x, VAE), lambda x: model.encode(x).chunk(2, 1),
+               model.to_logits)
 
 
 def test_distortion_in_closed_form_for_linear_decoders():
@@ -74,41 +59,16 @@ def test_the_distortion_trains_both_nets_and_counts_as_often_as_asked():
         assert weight.grad.abs().sum() > 0
 
 
-def test_one_image_does_not_depend_on_the_others_of_its_batch():
-    model, z = study.Autoencoder(4, False).train(), torch.randn(8, 4)
-    assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
-    assert torch.allclose(model.decode(z)[:1], model.decode(z[:1]), atol=1e-6)
-
-
-DEVICES = ["meta", pytest.param("cuda", marks=pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="no CUDA device"))]
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("config", [VAE, AE, GA_AE], ids=lambda c: c["model"])
-def test_a_step_leaves_no_tensor_on_another_device(config, device, monkeypatch):
-    if device == "meta":  # which autocast does not know
-        monkeypatch.setattr(torch, "autocast", lambda *a, **k: contextlib.nullcontext())
-    model = study.Autoencoder(4, config["model"] == "vae").to(device)
-    losses = study.objective(model, torch.rand(32, 1, 28, 28, device=device), config)
-    losses[0].backward()
-    assert losses.device.type == device and losses.shape == (4,)
-    assert all(weight.grad.device.type == device for weight in model.parameters())
-
-
-@pytest.mark.parametrize("config", [VAE, GA_AE], ids=lambda c: c["model"])
-def test_bfloat16_is_near_float32_and_the_geometry_is_float32(config, monkeypatch):
+@pytest.mark.parametrize("config", [VAE, AE, GA_AE], ids=lambda config: config["model"])
+def test_the_objective_on_every_device_in_both_precisions(config, device, monkeypatch):
     def in_float32(*a, real=study.distortion):
-        assert not torch.is_autocast_enabled("cpu")
+        assert device == "meta" or not torch.is_autocast_enabled(device)
         return real(*a)
     monkeypatch.setattr(study, "distortion", in_float32)
-    model, x, found = study.Autoencoder(4, config["model"] == "vae"), torch.rand(64, 1, 28, 28), []
-    for on in [False, True]:
-        torch.manual_seed(0)
-        with torch.autocast("cpu", torch.bfloat16, on):
-            found.append(study.objective(model, x, config))
-            assert model.encode(x).dtype == model.to_logits(x[:, 0, 0, :4]).dtype == torch.float32
-    assert torch.allclose(*found, rtol=0.02) and not torch.equal(*found)
+    model = study.Autoencoder(4, config["model"] == "vae").to(device)
+    x, z = torch.rand(32, 1, 28, 28, device=device), torch.randn(1, 4, device=device)
+    check_precisions(lambda: [study.objective(model, x, config), model.encode(x),
+                              model.to_logits(z)], list(model.parameters()), device)
 
 
 # ----------------------------------------------------------------------------------------- samplers
@@ -139,11 +99,11 @@ def test_samplers_recover_the_weight_of_a_small_cluster(mixture, sampler, error)
 
 
 def test_gaussian_and_prior_samplers_have_the_right_moments(mixture):
-    codes = study.draw_codes("gaussian", 50_000, mixture, seed=0)
-    assert torch.allclose(torch.cov(codes.T), torch.cov(mixture.T), atol=0.08)
-    assert torch.allclose(codes.mean(0), mixture.mean(0), atol=0.05)
-    codes = study.draw_codes("prior", 50_000, mixture, seed=0)
-    assert torch.allclose(torch.cov(codes.T), torch.eye(3), atol=0.05)
+    for sampler, mean, covariance in [("gaussian", mixture.mean(0), mixture.T.cov()),
+                                      ("prior", torch.zeros(3), torch.eye(3))]:
+        codes = study.draw_codes(sampler, 50_000, mixture, seed=0)
+        assert torch.allclose(codes.T.cov(), covariance, atol=0.08)
+        assert torch.allclose(codes.mean(0), mean, atol=0.05)
 
 
 def test_local_codes_have_the_moments_of_their_neighbourhood():
@@ -176,6 +136,79 @@ def test_additions_make_the_classes_equal_and_look_like_their_class(arm):
     assert len(study.additions("none", x, y, z, decode, 0)[0]) == 0
 
 
+# ----------------------------------------------------------------------------------------- metrics
+
+
+def test_class_share_recovers_planted_mixtures_through_bad_classifiers():
+    """Over 40 random classifiers and mixtures: 95 % intervals hold the truth."""
+    rng, eye, inside, errors = np.random.default_rng(0), torch.eye(10), [], []
+    for _ in range(40):
+        confusion = 0.7 * np.eye(10) + 0.3 * rng.dirichlet(np.ones(10), 10)
+        says = lambda y: eye[np.concatenate([  # y sorted
+            np.repeat(np.arange(10), rng.multinomial((y == t).sum(), confusion[t]))
+            for t in range(10)])]
+        pi, y_held_out = rng.dirichlet(np.ones(10)), np.repeat(np.arange(10), 500)
+        y = np.sort(rng.choice(10, 20_000, p=pi))
+        counted, share, low, high = study.class_shares(
+            says(y), says(y_held_out), torch.from_numpy(y_held_out))
+        inside.append((low <= pi) & (pi <= high))
+        errors.append([np.abs(shares - pi).max() for shares in [share, counted]])
+    assert 0.92 <= np.mean(inside) <= 0.98
+    assert np.mean(errors, 0)[0] < np.mean(errors, 0)[1] / 2
+
+
+@pytest.fixture(scope="module")
+def reference(data, classifier):
+    """Of 5,000 training images: copying is the only metric that looks at them one by one."""
+    config = {"rare_digit": 9, "rare_ratio": 0.02, "train_size": 5000, "seed": 0}
+    train = study.split(data, config)["train"]
+    return study.Reference(data, train, config, classifier, 5000)
+
+
+def planted(data, reference, share):
+    """Real test images of the half that is no reference, first nines with this share."""
+    rest = reference.halves[1]
+    is_nine = data.y_test[rest] == 9
+    nines, others = rest[is_nine], rest[~is_nine]
+    if share == 1:
+        return data.x_test[nines]
+    n_nines = round(len(others) * share / (1 - share))
+    return data.x_test[torch.cat([nines[:n_nines], others])]
+
+
+@pytest.mark.parametrize(("share", "lift"), [(0.02, 1), (1, 50), (0, 0), (0.1, 5)])
+def test_the_lift_of_planted_sets_of_real_images(data, reference, share, lift):
+    found = reference.score(planted(data, reference, share))[0]
+    assert found["calibrated_lift_low"] <= lift <= found["calibrated_lift_high"]
+    assert found["calibrated_lift"] == pytest.approx(lift, abs=0.15 + 0.02 * lift)
+    assert found["rare_lift"] == pytest.approx(lift, abs=0.2 + 0.02 * lift)
+    assert found["clear_lift"] == pytest.approx(lift, abs=0.2 + 0.02 * lift)
+
+
+def test_real_images_score_what_they_should(reference):
+    for real in reference.real:  # each by the errors on the other half
+        assert real["calibrated_lift_low"] < 1 < real["calibrated_lift_high"]
+        assert real["calibrated_lift"] == pytest.approx(1, abs=0.15)
+        assert real["clear_lift"] == pytest.approx(1, abs=0.05)
+    assert 0 <= reference.coverage.false_share < 0.05  # hardly any other is called a nine
+
+
+def test_planted_failures_move_the_metric_that_should_notice(data, reference):
+    real = planted(data, reference, 0.1)[::3]
+    base = reference.score(real)[0]
+    noise = reference.score((real + 0.5 * torch.randn_like(real)).clamp(0, 1))[0]
+    blur = reference.score(F.avg_pool2d(real, 3, 1, 1))[0]
+    repeated = reference.score(real[:1].repeat(len(real), 1, 1, 1))[0]  # a nine: they come first
+    copies = reference.score(reference.x_train[:len(real)])[0]
+    dropped = reference.score(planted(data, reference, 0))[0]
+    assert dropped["calibrated_lift"] < 0.1
+    assert repeated["fid"] > 20 * base["fid"] and repeated["rare"]["coverage"] < 0.1
+    assert noise["fid"] > 3 * base["fid"] and blur["fid"] > 3 * base["fid"]
+    assert blur["rare"]["coverage"] < 0.9 * base["rare"]["coverage"]
+    assert copies["copying"] < 0.01 and base["copying"] == pytest.approx(1, abs=0.05)
+    assert base["rare"]["coverage"] == pytest.approx(base["rare_real"]["coverage"], abs=0.05)
+
+
 # --------------------------------------------------------------------------------------------- runs
 
 
@@ -190,118 +223,46 @@ def test_the_split_has_exactly_the_rare_images_asked_for(data, digit):
     assert not torch.equal(part["train"], study.split(data, {**config, "seed": 4})["train"])
 
 
-def test_a_run_end_to_end_downstream_and_the_report(tmp_path, few_test_images):
-    argv = [*SMOKE, "--model", "ga-ae", "--out-dir", str(tmp_path)]
-    downstream = ["--downstream", "--downstream-steps", "2"]
-    ((name, metrics),) = study.main([*argv, *downstream]).items()
-    assert set(metrics["samplers"]) == set(study.SAMPLERS)
-    root = tmp_path / "imbalance_study/glyphs"
-    for file in ["samples.png", "codes.png", "losses.png"]:
-        assert (root / name / file).stat().st_size > 2000
-    arms = common.load_json(root / name / "downstream.json")["arms"]
+def test_a_run_end_to_end_downstream_and_the_report(tmp_path, small_sets):
+    argv = [*SMOKE, "--out-dir", str(tmp_path), "--downstream", "--downstream-steps", "2"]
+    metrics = study.main(argv)
+    ((name, scores),) = metrics.items()
+    assert set(scores["samplers"]) == set(study.SAMPLERS)
+    folder = tmp_path / "imbalance_study/glyphs" / name
+    for picture in ["samples.png", "codes.png", "losses.png"]:
+        assert (folder / picture).stat().st_size > 2000
+    arms = common.load_json(folder / "downstream.json")["arms"]
     assert list(arms) == ["none", "shifts", "local"]
-    files = {file: file.read_bytes() for file in [*root.glob("*.md"), *root.glob("*.csv")]}
-    for line in (root / "report.md").read_text().splitlines():
-        if line.startswith("!["):
-            assert (root / line.split("(")[1].rstrip(")")).exists(), line
-    study.main(["--report-only", "--dataset", "glyphs", "--out-dir", str(tmp_path)])
-    assert len(files) == 2 and files == {file: file.read_bytes() for file in files}
-
+    (folder / "best_model.pt").unlink()
+    check_report(study, tmp_path, argv, metrics)  # finished: needs no weights
+    with pytest.raises(common.UserError, match=r"best_model\.pt is missing"):  # other steps do
+        study.main([*argv, "--downstream-steps", "9"])
     with pytest.raises(common.UserError, match=r"samplers\.prior\.n 2000, this command 2100"):
         study.main([*argv, "--samples", "2100"])
-    (root / name / "best_model.pt").unlink()
-    study.main([*argv, *downstream])  # finished: nothing to do
-    with pytest.raises(common.UserError, match=r"best_model\.pt is missing"):  # other steps
-        study.main([*argv, "--downstream", "--downstream-steps", "9"])
 
 
-TRAINING = {**GA_AE, "latent_dim": 4, "epochs": 3, "batch_size": 16, "lr": 1e-3, "seed": 0,
-            "precision": "float32"}
-
-
-def trained(folder) -> common.Run:
-    """A run of a GA-AE with six steps an epoch, trained or continued."""
-    run = common.Run(folder, TRAINING)
-    x = torch.rand(128, 1, 28, 28, generator=torch.Generator().manual_seed(2))
-    study.train(run, x[:96], x[96:], use_compile=False)
-    return run
-
-
-def test_an_interrupted_run_continues_bitwise(tmp_path):
-    interrupt_after_epoch(1, lambda: trained(tmp_path / "parts"))
-    for whole, part in zip(trained(tmp_path / "whole").history, trained(tmp_path / "parts").history,
-                           strict=True):
-        assert {**whole, "seconds": 0} == {**part, "seconds": 0}
-    left, right = (torch.load(tmp_path / name / "checkpoint.pt")["model"] for name in
-                   ["whole", "parts"])
-    assert all(torch.equal(left[key], right[key]) for key in left)
-
-
-def test_the_geometry_is_taken_at_every_fourth_step_of_shuffled_batches(tmp_path, monkeypatch):
-    seen, times, real = [], [], study.objective
+def test_the_geometry_is_taken_at_every_fourth_step_and_training_continues_bitwise(
+        tmp_path, monkeypatch):
+    times, real = [], study.objective
 
     def spy(model, x, config, geometry_times=1):
         if torch.is_grad_enabled():
-            seen.append(x.clone())
             times.append(geometry_times)
         return real(model, x, config, geometry_times)
     monkeypatch.setattr(study, "objective", spy)
-    trained(tmp_path)
-    assert times == [4, 0, 0, 0, 4, 0] * 3
-    assert not torch.equal(torch.cat(seen[:6]), torch.cat(seen[6:12]))
+    config = {**GA_AE, "latent_dim": 4, "epochs": 3, "batch_size": 16, "lr": 1e-3, "seed": 0,
+              "precision": "float32"}
+    x = torch.rand(128, 1, 28, 28)
+    check_resume(tmp_path, lambda folder: study.train(
+        common.Run(folder, config), x[:96], x[96:], use_compile=False))
+    assert times == [4, 0, 0, 0, 4, 0] * 6  # three epochs, twice
 
 
-def test_every_configuration_is_there_once():
-    args = study.parse_args(["--seeds", "0", "1", "--geometry", "0", "5"])
-    assert len(study.configurations(args, "glyphs")) == 8  # the geometry makes no second VAE
-
-
-# ------------------------------------------------------------------------------- report, bad input
-
-
-def finished(seed=0, lift=1.0, model="ga-ae", digit=9, **settings):
-    """A finished run as the report sees it."""
-    config = {"dataset": "mnist", "model": model, "rare_digit": digit, "rare_ratio": 0.02,
-              "train_size": 50_000, "epochs": 30, "batch_size": 128, "lr": 2e-3, "latent_dim": 32,
-              "precision": "float32", "seed": seed, **settings}
-    scores = {"n": 20_000, "calibrated_lift": lift + 0.01 * seed, "calibrated_lift_low": lift - 0.1,
-              "calibrated_lift_high": lift + 0.1, "clear_lift": lift, "fid": 0.2, "copying": 1.3,
-              "rare": {"coverage": 0.8}, "rare_real": {"coverage": 1.0}, "class_share": [0.1] * 10}
-    return {"config": config, "metrics": {
-        "fid_floor": 0.1, "flatness": {"distortion": 1.0}, "real": [scores, scores],
-        "train_share": [0.1] * 9 + [0.02], "samplers": {"prior": scores, "local": scores}}}
-
-
-def test_rows_are_named_by_values_and_criteria_have_two_sides():
-    runs = [finished(), finished(1), finished(0, geometry=0.0), finished(0, digit=3),
-            finished(0, precision="bfloat16")]
-    table = study.rows(runs)
-    assert study.shown_class(table) == "9 at 2 %"
-    assert ("9 at 2 %", "ga-ae λ=0", "local") in table
-    assert ("9 at 2 % bfloat16", "ga-ae", "local") in table
-    row = table["9 at 2 %", "ga-ae", "local"]
-    assert set(row) == {0, 1} and row[0]["fid_ratio"] == 2 and row[0]["coverage_ratio"] == 0.8
-    assert row[0]["lift_of_9"] == 5
-    met = [": missed" not in part for part in study.judged(row).split(", ")]
-    assert met == [True, True, False, True, False]  # lift, clear lift, coverage, FID, copying
-    assert study.variant(runs[2]["config"]) == "ga-ae_lambda0_digit9_2pct"
-    assert study.variant(runs[4]["config"]) == "ga-ae_digit9_2pct_bfloat16"
-
-
-def test_an_answer_is_at_most_six_lines():
-    one = study.rows([finished()])
-    assert len(study.answer(one, "9 at 2 %")) == 2  # local codes, prior codes
-    many = study.rows([finished(seed, model=model, **settings) for seed in range(3)
-                       for model, settings in [("ga-ae", {}), ("ga-ae", {"geometry": 0.0}),
-                                               ("ae", {}), ("vae", {"lift": 3.0})]])
-    lines = study.answer(many, "9 at 2 %")
-    assert len(lines) == 6 and "vae 3.01 ± 0.01" in lines[3]
-
-
-def test_bad_input_is_one_line_and_writes_nothing(tmp_path):
-    refused(script("imbalance_study.py", "--report-only", cwd=tmp_path), "no finished run")
-    argv = [*SMOKE, "--model", "ae", "--out-dir", str(tmp_path / "out"), "--train-size", "50000"]
+def test_bad_input_writes_nothing(tmp_path):
+    argv = [*SMOKE, "--out-dir", str(tmp_path), "--train-size", "50000"]
     for ratios in [["0.02", "0.5"], ["0.000001"]]:
         with pytest.raises(common.UserError, match=r"possible is 2e-05 to 0\.11"):
             study.main([*argv, "--rare-ratio", *ratios])
+    with pytest.raises(common.UserError, match="no finished run"):
+        study.main([*argv, "--report-only"])
     assert not list(tmp_path.iterdir())
