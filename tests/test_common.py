@@ -14,8 +14,6 @@ import torch
 from conftest import DATA_DIR, check_resume
 from torch import nn
 
-# -------------------------------------------------------------- metrics, the classifier, tables
-
 
 def test_frechet_of_two_gaussians_in_closed_form():
     a, b = torch.tensor([1.0, 4.0, 9.0]), torch.tensor([4.0, 1.0, 2.25])  # variances
@@ -45,21 +43,17 @@ def test_nearest_is_exact_for_copies():
     assert torch.allclose(common.nearest(x[:7], x[7:])[0], want.values, atol=1e-4)
 
 
-@pytest.mark.parametrize(("name", "accuracy"), [
-    ("mnist", 0.994), ("fashion-mnist", 0.93), ("glyphs", 0.97)])
-def test_the_committed_classifiers_are_good_enough(name, accuracy):
+@pytest.mark.parametrize(("name", "accuracy", "most_false"), [
+    ("mnist", 0.994, 0.002), ("fashion-mnist", 0.93, 0.02), ("glyphs", 0.97, 0.002)])
+def test_the_committed_classifiers_rarely_see_a_class_that_is_not_there(name, accuracy, most_false):
     if name != "glyphs" and not DATA_DIR:
         pytest.skip("needs real data: set MNIST_DATA_DIR")
     data = common.load_data(name, DATA_DIR)
-    assert common.load_classifier(data, torch.device("cpu")).accuracy >= accuracy
-
-
-def test_the_committed_classifier_rarely_sees_a_class_that_is_not_there(data, classifier):
+    classifier = common.load_classifier(data, torch.device("cpu"))
     said, y = classifier.test_probs.argmax(1), data.y_test
-    wrong = [((said == c) & (y != c)).sum().item() / (y != c).sum().item() for c in range(10)]
-    assert max(wrong) <= 0.002
-    path = common.HERE / f"results/classifiers/{data.name}.pt"
-    assert path.stat().st_size <= 500_000 and len(classifier.sha256) == 64
+    false = [(said[y != digit] == digit).double().mean().item() for digit in range(10)]
+    assert classifier.accuracy >= accuracy and max(false) <= most_false
+    assert (common.HERE / f"results/classifiers/{name}.pt").stat().st_size <= 500_000
 
 
 def test_differences_are_paired_t_intervals():
@@ -79,7 +73,7 @@ def test_differences_are_paired_t_intervals():
 CONFIG = {"seed": 3, "epochs": 4, "batch_size": 10}
 
 
-def train(folder, bests=(5.0, 3.0, 4.0, 3.0), save_every=1, epochs=4):
+def train(folder, bests=(5.0, 3.0, 4.0, 3.0), save_every=1):
     """A tiny training; every epoch's noise and batches go into the weights."""
     run = common.Run(folder, CONFIG, save_every=save_every)
     torch.manual_seed(0)
@@ -96,8 +90,6 @@ def train(folder, bests=(5.0, 3.0, 4.0, 3.0), save_every=1, epochs=4):
             loss.backward()
             optimizer.step()
         run.log({"loss": loss.item()}, best=bests[epoch - 1])
-        if epoch == epochs:
-            break
     assert all(len(order) == len(set(order)) == 30 for order in orders)  # no image twice
     assert len(set(map(tuple, orders))) == len(orders)  # each epoch in an order of its own
     return run, model
@@ -106,8 +98,7 @@ def train(folder, bests=(5.0, 3.0, 4.0, 3.0), save_every=1, epochs=4):
 @pytest.mark.parametrize(("save_every", "bests", "best"), [
     (1, (5.0, 3.0, 4.0, 3.0), 2),  # the first of equals
     (3, ((True, 1.0), (True, 0.5), (False, 9.0), (False, 9.5)), 3)])
-def test_an_interrupted_run_continues_bitwise_and_knows_its_best_epoch(
-        tmp_path, save_every, bests, best):
+def test_an_interrupted_run_continues_bitwise(tmp_path, save_every, bests, best):
     check_resume(tmp_path, lambda folder: train(folder, bests, save_every), after_epoch=2)
     run, model = train(tmp_path / "parts", bests, save_every)  # finished: nothing to do
     assert len(run.history) == 4 and run.load_best(model=model) == best
@@ -130,7 +121,7 @@ def test_folders_of_another_run_and_corrupt_checkpoints_are_refused(tmp_path):
 def test_weights_of_another_process_are_not_taken_for_the_best(tmp_path):
     run, model = train(tmp_path / "run/seed_3")
     common.Run(tmp_path / "run/seed_3", CONFIG, fresh=True)  # another process begins anew
-    train(tmp_path / "run/seed_3", epochs=1)
+    train(tmp_path / "run/seed_3", bests=(1.0, 2.0, 3.0, 4.0))
     with pytest.raises(common.UserError, match="another process trains"):
         run.load_best(model=model)
 
@@ -196,8 +187,7 @@ def planted(folder, ending="-{}-ubyte"):
 @pytest.mark.parametrize(("place", "ending"), [
     ("MNIST/raw", "-{}-ubyte"), ("MNIST", "-{}-ubyte"), ("raw", "-{}-ubyte"),
     (".", ".{}-ubyte"), ("MNIST/raw", "-{}-ubyte.gz")])
-def test_files_are_found_where_torchvision_or_a_user_left_them(
-        tmp_path, monkeypatch, place, ending):
+def test_files_are_found_wherever_they_were_left(tmp_path, monkeypatch, place, ending):
     monkeypatch.setenv("HOME", str(tmp_path))
     planted(tmp_path / "data" / place, ending)
     (tmp_path / "data/MNIST/processed").mkdir(parents=True)
@@ -237,8 +227,7 @@ def test_foreign_data_is_refused_with_what_was_found(tmp_path, no_network):
     refused(tmp_path / "old", r"looked for .* found: .*processed/test\.pt")
 
 
-def test_only_where_nothing_is_named_glyphs_take_mnists_place(
-        tmp_path, no_network, monkeypatch, capsys):
+def test_glyphs_only_where_nothing_is_named(tmp_path, no_network, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert common.load_data(None, "data").name == "glyphs"
     assert "No space left on device" in capsys.readouterr().err  # the true cause

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import SMOKES, check_elbo, check_report, check_resume
+from scipy.spatial.distance import cdist
 
 import gan_vs_vae as study
 
@@ -30,9 +31,6 @@ def settings(model, **own):
 @pytest.fixture
 def images():
     return torch.rand(16, 1, 28, 28)
-
-
-# ---------------------------------------------------------------------------------- losses, models
 
 
 @pytest.mark.parametrize(("loss", "d", "g"), [
@@ -177,10 +175,9 @@ def test_manifold_metrics_on_equal_disjoint_and_collapsed_sets():
 
 def test_manifold_metrics_against_a_naive_count():
     real, fake, k = torch.randn(40, 3), torch.randn(30, 3) * 1.3, 3
-    distance = lambda a, b: np.linalg.norm(a.numpy()[:, None] - b.numpy()[None], axis=2)
-    d = distance(real, fake)
-    in_real = d < np.sort(distance(real, real), 1)[:, k, None]
-    in_fake = d < np.sort(distance(fake, fake), 1)[:, k]
+    distance = cdist(real, fake)
+    in_real = distance < np.sort(cdist(real, real), 1)[:, k, None]
+    in_fake = distance < np.sort(cdist(fake, fake), 1)[:, k]
     assert study.manifold_metrics(real, fake, k) == pytest.approx({
         "precision": in_real.any(0).mean(), "recall": in_fake.any(1).mean(),
         "coverage": in_real.any(1).mean()})
@@ -212,8 +209,7 @@ def test_runs_end_to_end_and_the_report_is_made_of_files(tmp_path, small_sets):
 
 
 @pytest.mark.parametrize("model", ["vae-gan", "tuned-gan"])
-def test_an_interrupted_run_continues_bitwise_and_tuned_rates_decay(
-        tmp_path, monkeypatch, model, images, classifier):
+def test_bitwise_resume_and_decay_of_rates(tmp_path, monkeypatch, model, images, classifier):
     rates, real = [], study.step
 
     def watched(nets, optimizers, *a):
@@ -252,13 +248,8 @@ def test_mnist_alone_runs_where_fashion_mnist_cannot_be_had(monkeypatch, capsys)
     assert "no FashionMNIST here" in capsys.readouterr().out
 
 
-def test_the_best_row_is_that_of_validation_and_any_bad_number_is_a_collapse():
-    good = {"val_fid": 2.0, "fid": 1.0, "entropy": 2.3, "classes": 10, "recall": 0.9}
-    half, full, gan = ("MNIST bfloat16", "VAE", "latent 4"), ("MNIST", "VAE", "latent 8"), (
-        "MNIST bfloat16", "GAN hinge", "z 32")
-    table = {half: {0: good, 1: good | {"recall": 0.1}}, full: {0: good | {"val_fid": 1, "fid": 3}},
-             gan: {0: good | {"classes": 9}}}
+def test_the_best_row_is_that_of_validation():
+    low, full = ("MNIST bfloat16", "VAE", "latent 4"), ("MNIST", "VAE", "latent 8")
+    table = {low: {0: {"val_fid": 2.0, "fid": 1.0}}, full: {0: {"val_fid": 1.0, "fid": 3.0}}}
     assert study.best_of(table, "MNIST", "VAE") == full  # of all precisions
-    assert study.best_of(table, "MNIST bfloat16", "VAE") == half
-    assert study.best_of(table, "FashionMNIST", "VAE") is None
-    assert study.collapsed(table) == {half: {1: table[half][1]}, gan: table[gan]}
+    assert study.best_of(table, "MNIST bfloat16", "VAE") == low

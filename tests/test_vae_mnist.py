@@ -28,12 +28,8 @@ def few_codes(monkeypatch):
     monkeypatch.setattr(study, "IMPORTANCE_SAMPLES", 500)
 
 
-# --------------------------------------------------------------------------------- model, objective
-
-
 @pytest.mark.parametrize(("arch", "hidden", "d", "count"), [
-    ("mlp", [500], 20, 815_824), ("mlp", [500], 1, 787_286), ("mlp", [500, 500], 20, 1_316_824),
-    ("mlp", [200, 200], 50, 425_284), ("conv", [], 64, 1_374_657)])
+    ("mlp", [500], 20, 815_824), ("mlp", [200, 200], 50, 425_284), ("conv", [], 64, 1_374_657)])
 def test_the_published_nets_have_their_parameters(arch, hidden, d, count):
     model = study.VAE({"arch": arch, "hidden": hidden, "latent_dim": d})
     assert sum(w.numel() for w in model.parameters()) == count
@@ -126,7 +122,9 @@ def test_the_exact_posterior_gives_weights_without_variance():
     m = w.square().sum(0) + s2  # W^T W + s2 I, diagonal: columns of W are orthogonal
     x, mean = torch.from_numpy(x[:50]), torch.from_numpy(pca.mean_)
     mu, logvar = (x - mean) @ w / m, (s2 / m).log().expand(50, 3)
-    log_px = lambda z: MultivariateNormal(mean, s2 * torch.eye(12).double()).log_prob(x - z @ w.T)
+
+    def log_px(z):
+        return MultivariateNormal(mean, s2 * torch.eye(12).double()).log_prob(x - z @ w.T)
     want = torch.from_numpy(pca.score_samples(x.numpy()))
     log_w = study.log_weights(log_px, mu, logvar, 20)
     assert torch.allclose(log_w, want.expand(20, 50), atol=1e-9)
