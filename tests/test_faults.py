@@ -24,7 +24,7 @@ every_script = pytest.mark.parametrize(
 
 
 def begin(folder, *argv: str):
-    more = ["--epochs", "2", "--out-dir", str(folder), *argv]
+    more = ["--latent-dim", "1", "--epochs", "2", "--out-dir", str(folder), *argv]
     return start("vae_mnist.py", *SMOKES["vae_mnist"], *more)
 
 
@@ -105,8 +105,8 @@ def test_a_bad_command_line_is_one_line_and_status_2(study, capsys):
             assert flag in message and message.count("\n") == 1, (flag, value)
 
 
-EXTREMES = ["--train-size 1", "--train-size 10", "--batch-size 1", "--batch-size 5000",
-            "--latent-dim 1", "--latent-dim 700", "--seeds 3 3"]
+EXTREMES = ["--train-size 1", "--train-size 10 --batch-size 5000", "--train-size 20 --batch-size 1",
+            "--latent-dim 1 --seeds 3 3"]
 
 
 @pytest.mark.faults
@@ -116,7 +116,7 @@ def test_extremes_and_generated_command_lines_run_or_are_refused(tmp_path, study
     flags = [action for action in actions(study) if action.dest not in ("compile", "tensorboard")]
     smoke = SMOKES[study.__name__]
     lines = [[*smoke, *extreme.split()] for extreme in EXTREMES]
-    lines += [[*command_line(flags, rng), *smoke] for _ in range(5)]
+    lines += [[*command_line(flags, rng), *smoke] for _ in range(2)]
     for i, line in enumerate(lines):
         try:
             metrics = study.main([*line, "--out-dir", str(tmp_path / f"{i} ü")])
