@@ -271,12 +271,12 @@ def download(name: str, folder: Path) -> None:
     dataset = getattr(datasets, name)
     print(f"downloading {name} from {dataset.mirrors[0]} to {folder / name / 'raw'}", flush=True)
     made = [path for path in [folder / name / "raw", folder / name, folder] if not path.exists()]
-    cause = "what is there is not in its format"
+    cause = "what is there has another format"  # torchvision's before 0.9: it downloads nothing
     socket.setdefaulttimeout(20)  # seconds: a proxy may accept and never answer
     try:
         dataset(str(folder), download=True)
     except Exception as error:  # no network, a full disk: torchvision raises many
-        cause = " ".join(f"{type(error).__name__}: {error}".split())
+        cause = " ".join(f"it cannot be downloaded ({type(error).__name__}: {error})".split())
     socket.setdefaulttimeout(None)
     if not find_files(name, folder):
         for path in made:  # leave no empty folders
@@ -284,9 +284,9 @@ def download(name: str, folder: Path) -> None:
                 path.rmdir()
         there = sorted(str(path.relative_to(folder)) for path in folder.glob("**/*"))[:6]
         raise UserError(
-            f"no {name} in {folder}, and it cannot be downloaded ({cause}); looked for "
-            f"train-images-idx3-ubyte and three more, packed or not, in {name}/raw, {name}, raw "
-            f"and the folder itself; found: {', '.join(there) or 'nothing'}; --dataset glyphs "
+            f"no {name} in {folder}: {cause}; looked for train-images-idx3-ubyte and three more, "
+            f"packed or not, in {name}/raw, {name}, raw and the folder itself; found: "
+            f"{', '.join(there) or 'nothing'}; take another --data-dir, or --dataset glyphs, which "
             "needs no file")
 
 
@@ -326,10 +326,9 @@ def load_data(dataset: str | None, data_dir: str) -> Data:
 
 def split(data: Data, config: dict, n_val: int = 5000) -> dict[str, Tensor]:
     """Indices of the run's training images and of n_val others for validation, by its seed."""
-    largest = len(data.x_train) - n_val
-    if config["train_size"] > largest:
-        raise UserError(f"--train-size {config['train_size']}: at most {largest}, because {n_val} "
-                        f"of {len(data.x_train)} images are for validation")
+    if config["train_size"] + n_val > len(data.x_train):
+        raise UserError(f"--train-size {config['train_size']} and {n_val} for validation are more "
+                        f"than the {len(data.x_train)} training images; take fewer")
     order = torch.randperm(len(data.x_train), generator=generator(config["seed"], "split"))
     return {"val": order[:n_val], "train": order[n_val:n_val + config["train_size"]]}
 
@@ -444,8 +443,11 @@ def load_classifier(data: Data, device: torch.device) -> MetricClassifier:
     """
     path = HERE / f"results/classifiers/{data.name}.pt"
     if not path.is_file():
-        save(path.with_suffix(".txt"), "training\n")  # can it be kept? better known before
-        path.with_suffix(".txt").unlink()
+        try:  # can it be kept? better known before
+            save(path.with_suffix(".txt"), "training\n")
+            path.with_suffix(".txt").unlink()
+        except UserError as error:
+            raise UserError(f"no {path}, and {error}; or copy the scripts elsewhere") from None
         print(f"no {path}: training it, a minute or two on two cores", flush=True)
         model = train_classifier(data.x_train, data.y_train, device, "classifier", data.name,
                                  steps=8 * (len(data.x_train) // 128),  # eight epochs

@@ -833,10 +833,10 @@ def report(root: Path) -> None:
     runs = common.finished_runs(root)
     table, added = rows(runs), downstream_rows(runs)
     rare = shown_class(table)
-    lines = answer(table, rare)
+    answered = "\n".join(f"- {line}" for line in answer(table, rare))
+    source = ""
     if root.name == "mnist" and rare.startswith("9 at 2 %"):
-        lines.append(SOURCE)
-    answered = "\n".join(f"- {line}" for line in lines)
+        source = f"{SOURCE} "
     shown = {name: seeds for name, seeds in table.items() if name[0] in (rare, REAL[0])}
     results = common.results_table(shown, NAMES, COLUMNS)
     print(f"\n{answered}\n\n{results}")
@@ -848,7 +848,7 @@ def report(root: Path) -> None:
         f"**Answer.**\n\n{answered}",
         results,
         "In every column 1 is as real images; ± is the standard deviation over n seeds. Other rare "
-        f"classes are in `results.csv` and in the pictures. {common.glossary(root)}",
+        f"classes are in `results.csv` and in the pictures. {source}{common.glossary(root)}",
         common.paired_table(table, pairs, [COLUMNS[0], *COLUMNS[2:4]])]
     if added:
         added_pairs = []
