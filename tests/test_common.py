@@ -1,5 +1,6 @@
 """The shared module: Fréchet distance against oracles, tables, runs on disk, data folders."""
 
+import functools
 import gzip
 import math
 import signal
@@ -139,7 +140,8 @@ def test_a_file_that_cannot_be_written_is_named_and_stays_as_it_was(tmp_path, mo
     assert [file.read_text() for file in tmp_path.iterdir()] == ["not a folder"]
 
 
-def test_metrics_that_are_not_finite_are_not_kept(tmp_path):
+def test_metrics_that_are_not_finite_are_not_kept_and_equal_codes_are_drawn(tmp_path):
+    common.plot_codes(tmp_path / "codes.png", np.zeros((50, 3)), np.arange(50) % 10, "collapsed")
     run = common.Run(tmp_path / "run/seed_3", CONFIG)
     with pytest.raises(common.Diverged, match="fid is nan"):
         run.finish({"fid": math.nan})
@@ -147,12 +149,12 @@ def test_metrics_that_are_not_finite_are_not_kept(tmp_path):
     assert run.finish({"fid": 1.0})["fid"] == 1
 
 
-def test_a_mistake_is_a_traceback_an_error_or_ctrl_c_a_line(capsys):
-    def refuse():
-        raise common.UserError("take another")
+def test_a_mistake_is_a_traceback_an_error_or_ctrl_c_a_line(capsys, monkeypatch):
+    monkeypatch.setattr(common.shutil, "which", lambda compiler: None)
+    compile_it = functools.partial(common.compiled, math.sqrt, True, torch.device("cpu"))
     with pytest.raises(ZeroDivisionError):
         common.guard(lambda: 1 / 0)
-    for main, status in [(refuse, "2"), (lambda: signal.raise_signal(signal.SIGINT), "130")]:
+    for main, status in [(compile_it, "2"), (lambda: signal.raise_signal(signal.SIGINT), "130")]:
         with pytest.raises(SystemExit, match=status):
             common.guard(main)
         assert capsys.readouterr().err.count("\n") == 1
@@ -222,8 +224,7 @@ def test_foreign_data_is_refused_with_what_was_found(tmp_path, no_network):
     refused(tmp_path / "tall", "a link to /nowhere")
     (tmp_path / "file").write_text("no folder")
     refused(tmp_path / "file", "is a file", dataset=None)
-    (tmp_path / "old/MNIST/processed").mkdir(parents=True)
-    (tmp_path / "old/MNIST/processed/test.pt").write_text("old")
+    common.save(tmp_path / "old/MNIST/processed/test.pt", "old")
     refused(tmp_path / "old", r"looked for .* found: .*processed/test\.pt")
 
 
@@ -250,8 +251,7 @@ def test_copies_old_runs_and_two_classifiers_are_not_averaged(tmp_path, capsys):
     run("net/seed_0_backup", seed=0, precision="float32")
     run("old/seed_0", seed=0)
     assert len(common.finished_runs(tmp_path)) == 1
-    said = capsys.readouterr().out
-    assert "seed_0_backup is a copy" in said and "old/seed_0 is of an older version" in said
+    assert capsys.readouterr().out.count("left out") == 2
     run("net/seed_1", "b", seed=1, precision="float32")
     with pytest.raises(common.UserError, match="two metric classifiers"):
         common.finished_runs(tmp_path)
