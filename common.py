@@ -29,8 +29,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 os.environ["MPLBACKEND"] = "agg"  # figures are drawn off screen, whatever the user has set
-# read when torch is loaded: its threads sleep while they wait, so that beside another busy program
-# an epoch takes 3.0 s, not 4.9
+# torch's threads sleep while they wait: beside another busy program an epoch of the imbalance study
+# takes 3.0 s instead of 4.9. torch reads it once, when it is loaded
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # what Apple's MPS lacks runs on the CPU
 import matplotlib
@@ -133,7 +133,7 @@ def guard(main) -> None:
         sys.exit(128 + signal_number)  # 130 for Ctrl-C, 143 for SIGTERM
 
     for stream in [sys.stdout, sys.stderr]:
-        if stream:  # a console that cannot show a letter must not end a run
+        if hasattr(stream, "reconfigure"):  # a console that cannot show a letter must not end a run
             stream.reconfigure(errors="backslashreplace")
     if sys.stderr is None:  # closed: tqdm needs one
         sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
@@ -257,7 +257,7 @@ def read_idx(path: Path, wanted: tuple) -> Tensor:
         n_dims = content[3]
         shape = tuple(np.frombuffer(content, ">u4", n_dims, 4).tolist())
         values = np.frombuffer(content, np.uint8, offset=4 + 4 * n_dims).reshape(shape)
-    except (OSError, EOFError, IndexError, ValueError) as error:
+    except (OSError, EOFError, IndexError, ValueError, zlib.error) as error:
         link = f" (a link to {path.readlink()})" if path.is_symlink() else ""
         raise UserError(f"{path}{link} cannot be read: {error}; mend it, or take another "
                         "--data-dir") from None
@@ -273,15 +273,18 @@ def download(name: str, folder: Path) -> None:
     made = [path for path in [folder / name / "raw", folder / name, folder] if not path.exists()]
     cause = "what is there has another format"  # torchvision's before 0.9: it downloads nothing
     socket.setdefaulttimeout(20)  # seconds: a proxy may accept and never answer
+    is_complete = False
     try:
         dataset(str(folder), download=True)
+        is_complete = bool(find_files(name, folder))
     except Exception as error:  # no network, a full disk: torchvision raises many
         cause = " ".join(f"it cannot be downloaded ({type(error).__name__}: {error})".split())
-    socket.setdefaulttimeout(None)
-    if not find_files(name, folder):
-        for path in made:  # leave no empty folders
-            if path.is_dir() and not any(path.iterdir()):
-                path.rmdir()
+    finally:
+        socket.setdefaulttimeout(None)
+        if not is_complete:  # after Ctrl-C too: leave no half of a file and no empty folder
+            for path in made:
+                shutil.rmtree(path, ignore_errors=True)
+    if not is_complete:
         there = sorted(str(path.relative_to(folder)) for path in folder.glob("**/*"))[:6]
         raise UserError(
             f"no {name} in {folder}: {cause}; looked for train-images-idx3-ubyte and three more, "
@@ -523,8 +526,8 @@ def nearest(x: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def laplace(decoder, x: Tensor, mu: Tensor, output_gradient, output_curvature, widen: float = 1.2,
-            rounds: int = 3, codes: int = 8, directions: int = 40) -> tuple[Tensor, Tensor]:
+def laplace(decoder, x: Tensor, mu: Tensor, output_gradient, output_curvature,
+            widen: float = 1.2) -> tuple[Tensor, Tensor]:
     """Gaussian proposals for p(z | x) of images x (B, P) under the prior N(0, I).
 
     Returns the means (B, d) and the Cholesky factors of the precisions (B, d, d). mu (B, d) is
@@ -535,10 +538,10 @@ def laplace(decoder, x: Tensor, mu: Tensor, output_gradient, output_curvature, w
     A Laplace approximation takes gradient and curvature at the posterior's mode. Here both are
     averaged over codes from the current Gaussian, in rounds of variational Gauss-Newton. On
     validation images the effective sample size was 4 to 8 times that of the mode's curvature. In
-    many dimensions only the `directions` of the largest curvature are averaged, four times as fast
+    many dimensions only the 40 directions of the largest curvature are averaged, four times as fast
     with 200. Source: Khan et al. 2018, arXiv:1806.04854.
     """
-    d = mu.shape[1]
+    d, rounds, codes, directions = mu.shape[1], 3, 8, 40
     identity = torch.eye(d, device=x.device, dtype=mu.dtype)
     noise = torch.randn(rounds, codes // 2, d, generator=generator("proposal"), dtype=mu.dtype)
     noise = torch.cat([noise, -noise], 1).mT.to(x.device)  # (rounds, d, codes), for every image
@@ -564,7 +567,7 @@ def laplace(decoder, x: Tensor, mu: Tensor, output_gradient, output_curvature, w
         n = len(image)
         curvature = curvature_at(mean, identity.expand(n, d, d))
         basis = torch.linalg.eigh(curvature).eigenvectors[..., -directions:]  # (n, d, r)
-        others = curvature - basis @ (basis.mT @ curvature @ basis) @ basis.mT
+        rest = curvature - basis @ (basis.mT @ curvature @ basis) @ basis.mT
         for t in range(rounds):
             # with the precision L L^T, mean + L^-T noise are codes of the current Gaussian
             factor = torch.linalg.cholesky(identity + curvature)
@@ -576,7 +579,7 @@ def laplace(decoder, x: Tensor, mu: Tensor, output_gradient, output_curvature, w
                 output_gradient(output, image.repeat_interleave(codes, 0)))[0]
             gradient = gradient.view(n, codes, d).mean(1) - mean  # the prior's is -z
             rate = (t + 1) ** -0.5
-            averaged = others + basis @ curvature_at(z, basis) @ basis.mT
+            averaged = rest + basis @ curvature_at(z, basis) @ basis.mT
             curvature = (1 - rate) * curvature + rate * averaged
             newton = torch.linalg.solve(identity + curvature, gradient[..., None])[..., 0]
             mean = mean + rate * newton
@@ -665,7 +668,8 @@ class Run:
     def load_best(self, **parts) -> int:
         """Put the weights of the best epoch into the parts. Returns that epoch."""
         if self.load("best_model.pt", parts)["epoch"] != self.best_epoch:
-            raise UserError(f"another process trains in {self.folder}: wait for it, then repeat")
+            raise UserError(f"another process trains in {self.folder}: wait for it, then repeat; "
+                            "--fresh starts the run over")
         return self.best_epoch
 
     def load(self, name: str, parts: dict) -> dict:
@@ -779,9 +783,13 @@ def run_all(configs: list[dict], root: Path, variant, args, device: torch.device
     comes last. Raises UserError if a run diverged, or if a finished one was not measured as
     `measured` says: a value by the name that it has in `flat` metrics.
     """
+    epochs_to_come = 0  # of the runs that are not finished
     for config in configs:
         file = root / variant(config) / f"seed_{config['seed']}/final_metrics.json"
-        numbers = flat(load_json(file)) if file.exists() and not args.fresh else measured
+        if args.fresh or not file.exists():
+            epochs_to_come += config["epochs"]
+            continue
+        numbers = flat(load_json(file))
         for key, value in measured.items():
             if numbers.get(key) != value:
                 raise UserError(f"{file} has {key} {numbers.get(key, 'missing')}, this command "
@@ -789,16 +797,17 @@ def run_all(configs: list[dict], root: Path, variant, args, device: torch.device
                                 "keeps it")
     made = environment(device, args.command)  # before training: the commit that is run
     results, diverged = {}, []
-    for i, config in enumerate(configs):
+    for config in configs:
         run = Run(root / variant(config) / f"seed_{config['seed']}", config, args.fresh,
                   tensorboard=args.tensorboard)
         run.environment = made
-        run.epochs_to_come = sum(other["epochs"] for other in configs[i + 1:])
         file = run.folder / "final_metrics.json"
         if file.exists():
             print(f"{run.name}: finished before; --fresh would train it again", flush=True)
             results[run.name] = load_json(file)
             continue
+        epochs_to_come -= config["epochs"]
+        run.epochs_to_come = epochs_to_come
         try:
             results[run.name] = train_and_measure(run)
         except Diverged as error:
@@ -820,7 +829,9 @@ def save(path: Path, content) -> None:
     if path.suffix == ".json":
         content = json.dumps(content, indent=1, allow_nan=False) + "\n"
     elif path.suffix == ".csv":  # a column for every key; empty where a row lacks it
-        columns = {key: None for row in content for key in row}
+        columns = {}
+        for row in content:
+            columns |= row
         text = io.StringIO()
         writer = csv.DictWriter(text, list(columns), lineterminator="\n")
         writer.writeheader()
@@ -838,10 +849,11 @@ def save(path: Path, content) -> None:
         temporary.write_bytes(content)
         os.replace(temporary, path)
     except OSError as error:
-        if temporary.exists():
-            temporary.unlink()
         raise UserError(f"{path} cannot be written: {error.strerror}; make room, or take another "
                         "--out-dir") from None
+    finally:
+        if temporary.exists():  # also after Ctrl-C
+            temporary.unlink()
 
 
 def load_json(path: Path) -> dict:
@@ -849,18 +861,15 @@ def load_json(path: Path) -> dict:
 
 
 def environment(device: torch.device, command: str) -> dict:
-    """Where and how numbers were made: with the seconds all that may differ between equal runs."""
-    name, commit = platform.processor(), "unknown"
+    """Where and how numbers were made. Only this and the seconds may differ between equal runs."""
+    name = platform.processor()
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     elif Path("/proc/cpuinfo").exists():
         models = re.findall("model name.*: (.*)", Path("/proc/cpuinfo").read_text())
         name = models[0] if models else name
-    if shutil.which("git"):
-        git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, text=True,
-                             capture_output=True)
-        commit = git.stdout.strip() or commit
-    return {"command": command, "commit": commit,
+    failed, commit = subprocess.getstatusoutput(f'git -C "{HERE}" rev-parse --short HEAD')
+    return {"command": command, "commit": "unknown" if failed else commit,
             "device": f"{device.type}: {name}", "threads": torch.get_num_threads(),
             "torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}
 
@@ -965,7 +974,12 @@ def difference(rows: dict, a: tuple, b: tuple, key: str, digits: int) -> tuple[i
         low, high = ttest_rel(values_a, values_b).confidence_interval(0.95)
         interval = f"95 % interval {low:+.{digits}f} to {high:+.{digits}f}, "
     text = f"{mean:+.{digits}f}, {interval}n={len(seeds)}".replace("-", "−")
-    return int(low > 0) - int(high < 0), text, len(seeds)
+    sign = 0
+    if low > 0:
+        sign = 1
+    elif high < 0:
+        sign = -1
+    return sign, text, len(seeds)
 
 
 def contrast(a: tuple, b: tuple) -> tuple[str, str, str]:
@@ -1004,8 +1018,8 @@ def verdict(rows: dict, a: tuple, b: tuple, title: str, key: str, digits: int) -
 
 
 def command_of(run: dict) -> str:
-    """The command that makes a finished run again, without seeds and folders."""
-    return re.sub(r" --(seeds( \d+)+|fresh|out-dir \S+|shard \S+)", "",
+    """The command that makes a finished run again, without seeds and --out-dir."""
+    return re.sub(r" --(seeds( \d+)+|fresh|out-dir ('[^']*'|\S+)|shard \S+)", "",
                   run["metrics"]["environment"]["command"])
 
 
@@ -1037,7 +1051,7 @@ def glossary(root: Path) -> str:
 
 def image_links(root: Path, files: list[Path]) -> list[str]:
     """The pictures below root as lines of Markdown."""
-    paths = [file.relative_to(root).as_posix() for file in files]
+    paths = [file.relative_to(root).as_posix() for file in files if file.exists()]
     return [f"![{path.removesuffix('.png')}]({path})" for path in paths]
 
 
@@ -1127,10 +1141,11 @@ def plot_codes(path: Path, codes: np.ndarray, labels: np.ndarray, title: str) ->
     save_figure(path, figure)
 
 
-def plot_points(path: Path, rows: dict, key: str, title: str, band=None, log: bool = False) -> None:
-    """A number of every seed, in a line for each row; the band (low, high) is where it is good.
+def plot_points(path: Path, rows: dict, key: str, title: str, band=None) -> None:
+    """A number of every seed, in a line for each row.
 
-    On a logarithmic axis what is below 0.01 stands at 0.01.
+    With a band (low, high), where the number is good, the axis is logarithmic: what is below 0.01
+    stands at 0.01.
     """
     figure = Figure(figsize=(6, 1 + 0.28 * len(rows)))
     axes = figure.subplots()
@@ -1138,12 +1153,11 @@ def plot_points(path: Path, rows: dict, key: str, title: str, band=None, log: bo
     for name, seeds in rows.items():
         if None not in seeds:  # not the row of real images
             values = [numbers[key] for numbers in seeds.values() if key in numbers]
-            shown = np.maximum(values, 0.01) if log else values
+            shown = np.maximum(values, 0.01) if band else values
             axes.plot(shown, [len(labels)] * len(values), "C0o", alpha=0.5)
             labels.append(f"{', '.join(name)} (n={len(values)})")
     if band:
         axes.axvspan(*band, color="0.9")
-    if log:
         axes.set_xscale("log")
         low, high = axes.get_xlim()
         is_narrow = high < 10 * low

@@ -40,7 +40,7 @@ import itertools
 import math
 from pathlib import Path
 
-import common  # before torch, for whose threads it has a setting
+import common  # before torch: it sets how torch's threads wait
 
 import numpy as np
 import torch
@@ -875,7 +875,7 @@ def plots(root: Path, runs: list[dict]) -> list[Path]:
         if select(runs, *models):
             files.append(root / f"{name}.png")
             common.plot_points(files[-1], rows(select(runs, *models)), "fid_ratio",
-                               "FID / floor (1: real images)", band=(0.95, 1.05), log=True)
+                               "FID / floor (1: real images)", band=(0.95, 1.05))
     files.append(root / "precision_recall.png")
     plot_precision_recall(files[-1], runs)
     hybrids = [run["folder"] / "losses.png" for run in select(runs, "vae-gan")]

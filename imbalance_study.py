@@ -41,7 +41,7 @@ import itertools
 import math
 from pathlib import Path
 
-import common  # before torch, for whose threads it has a setting
+import common  # before torch: it sets how torch's threads wait
 
 import numpy as np
 import torch
@@ -809,13 +809,13 @@ def pictures(root: Path, table: dict, rare: str, runs: list[dict]) -> list[str]:
     shown = {name: seeds for name, seeds in table.items() if name[0] == rare}
     files = [root / "heat_map.png", root / "lift.png"]
     lift_map(files[0], shown, f"{rare}: share of each class among samples over that in training")
-    common.plot_points(files[1], shown, "calibrated_lift", "lift", (0.9, 1.1), log=True)
+    common.plot_points(files[1], shown, "calibrated_lift", "lift", (0.9, 1.1))
     for sampler in ["prior", "local"]:  # every digit, share and model that was measured
         shown = {name: seeds for name, seeds in table.items() if name[2] == sampler}
         if len({name[0] for name in shown}) > 1:
             files.append(root / f"lift_{sampler}.png")
             common.plot_points(files[-1], shown, "calibrated_lift", f"lift with {sampler} codes",
-                               (0.9, 1.1), log=True)
+                               (0.9, 1.1))
 
     samples = {}
     for run in runs:

@@ -36,7 +36,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import common  # before torch, for whose threads it has a setting
+import common  # before torch: it sets how torch's threads wait
 
 import numpy as np
 import torch

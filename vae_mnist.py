@@ -29,11 +29,12 @@ active units, the 2 x 200 net); He et al. 2016, arXiv:1603.05027 (residual block
 """
 
 import functools
+import io
 import itertools
 import math
 from pathlib import Path
 
-import common  # before torch, for whose threads it has a setting
+import common  # before torch: it sets how torch's threads wait
 
 import numpy as np
 import torch
@@ -78,9 +79,9 @@ def configurations(args, dataset: str) -> list[dict]:
     fixed["train_size"] = args.train_size or TRAIN_SIZE
     configs = []
     sweep = itertools.product(args.latent_dim, args.optimizer, args.lr, args.seeds)
-    for latent_dim, optimizer, lr, seed in sweep:
-        own = {"latent_dim": latent_dim, "optimizer": optimizer, "lr": lr, "seed": seed}
-        configs.append(fixed | own)
+    for latent_dim, optimizer, lr, seed in dict.fromkeys(sweep):  # each once
+        configs.append({**fixed, "latent_dim": latent_dim, "optimizer": optimizer, "lr": lr,
+                        "seed": seed})
     return configs
 
 
@@ -373,13 +374,14 @@ def sampled_likelihood(model: VAE, x: Tensor, mu: Tensor, logvar: Tensor) -> tup
         log_w = log_weights(log_px, mu, logvar, 50)
         elbos.append(log_w.mean(0).cpu().double())
 
-    def gradient(logits: Tensor, x: Tensor) -> Tensor:  # of log p(x | z) by the logits
+    def output_gradient(logits: Tensor, x: Tensor) -> Tensor:  # of log p(x | z)
         return x - logits.sigmoid()
 
-    def variance(logits: Tensor) -> Tensor:  # of the Bernoulli: minus the second derivative
+    def output_curvature(logits: Tensor) -> Tensor:  # minus its second derivative
         return logits.sigmoid() * (-logits).sigmoid()
 
-    proposal = common.laplace(model.to_logits, x, start_codes(model, x, mu), gradient, variance)
+    proposal = common.laplace(model.to_logits, x, start_codes(model, x, mu), output_gradient,
+                              output_curvature)
     log_p, effective = common.importance_sampling(log_px, *proposal, IMPORTANCE_SAMPLES)
     return torch.stack(elbos).mean(0), log_p, effective
 
@@ -506,7 +508,9 @@ def figures(run: common.Run, model: VAE, data: common.Data, x_test: Tensor, mu: 
     two_each = torch.cat([(data.y_test == digit).nonzero()[:2, 0] for digit in range(10)])
     images = torch.cat([x_test.cpu()[two_each], decode(mu[two_each]), samples[:100]])
     twice_as_large = F.interpolate(images, scale_factor=2)
-    save_image(1 - twice_as_large, folder / "samples.png", nrow=20, padding=0)
+    picture = io.BytesIO()
+    save_image(1 - twice_as_large, picture, "png", nrow=20, padding=0)
+    common.save(folder / "samples.png", picture.getvalue())
 
     panels = {f"{title}, nats": [f"train_{title}", f"val_{title}"] for title in LOSSES}
     common.plot_history(folder / "losses.png", run.history, panels)
@@ -583,8 +587,9 @@ def pictures(root: Path, table: dict, runs: list[dict]) -> list[str]:
         row = picture[4 * 28:6 * 28:2, ::2]  # (28, 20 * 28): it was twice as large
         strips += np.split(row, 20, axis=1)
     labels = [", ".join(name) for name in folders]
-    common.save_grid(root / "samples.png", torch.tensor(np.stack(strips))[:, None], 20, "samples",
-                     labels)
+    if strips:
+        images = torch.tensor(np.stack(strips))[:, None]
+        common.save_grid(root / "samples.png", images, 20, "samples", labels)
     common.plot_points(root / "negative_elbo.png", table, "negative_elbo", "−ELBO, nats per image")
 
     files = [root / "samples.png", root / "negative_elbo.png"]
