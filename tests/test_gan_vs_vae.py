@@ -198,9 +198,6 @@ def test_the_floor_and_planted_collapse(data, classifier):
         assert "classes" in below(images)
 
 
-# --------------------------------------------------------------------------------------------- runs
-
-
 def test_runs_end_to_end_and_the_report_is_made_of_files(tmp_path, small_sets):
     argv = [*SMOKE, "--out-dir", str(tmp_path)]
     metrics = study.main(argv)

@@ -211,9 +211,6 @@ def test_steps_stay_on_their_device_and_losses_are_float32(monkeypatch, device, 
         assert latents.count[:, 0].tolist() == [2.0] * 8 + [0.0]  # only the rows of the batch
 
 
-# --------------------------------------------------------------------------------------------- runs
-
-
 def test_a_run_end_to_end_writes_what_it_should(tmp_path, quick):
     argv = [*SMOKE, "--out-dir", str(tmp_path)]
     metrics = study.main(argv)
