@@ -237,14 +237,14 @@ def find_files(name: str, folder: Path) -> dict[str, Path]:
     unpacked or not, in <name>/raw, <name>, raw or the folder itself.
     """
     for place in [folder / name / "raw", folder / name, folder / "raw", folder]:
-        found = {}
+        files = {}
         for key, (stem, kind, _) in FILES.items():
             file_name = f"{stem}[-.]{kind}-ubyte"
             matches = [*place.glob(file_name), *place.glob(f"{file_name}.gz")]
             if matches:
-                found[key] = matches[0]
-        if found:
-            return found
+                files[key] = matches[0]
+        if files:
+            return files
     return {}
 
 
@@ -567,7 +567,7 @@ def laplace(decoder, x: Tensor, mu: Tensor, output_gradient, output_curvature,
         n = len(image)
         curvature = curvature_at(mean, identity.expand(n, d, d))
         basis = torch.linalg.eigh(curvature).eigenvectors[..., -directions:]  # (n, d, r)
-        rest = curvature - basis @ (basis.mT @ curvature @ basis) @ basis.mT
+        unaveraged = curvature - basis @ (basis.mT @ curvature @ basis) @ basis.mT
         for t in range(rounds):
             # with the precision L L^T, mean + L^-T noise are codes of the current Gaussian
             factor = torch.linalg.cholesky(identity + curvature)
@@ -579,7 +579,7 @@ def laplace(decoder, x: Tensor, mu: Tensor, output_gradient, output_curvature,
                 output_gradient(output, image.repeat_interleave(codes, 0)))[0]
             gradient = gradient.view(n, codes, d).mean(1) - mean  # the prior's is -z
             rate = (t + 1) ** -0.5
-            averaged = rest + basis @ curvature_at(z, basis) @ basis.mT
+            averaged = unaveraged + basis @ curvature_at(z, basis) @ basis.mT
             curvature = (1 - rate) * curvature + rate * averaged
             newton = torch.linalg.solve(identity + curvature, gradient[..., None])[..., 0]
             mean = mean + rate * newton

@@ -373,22 +373,22 @@ def codes_loss(nets: dict, x: Tensor, config: dict, image_weight: float) -> Tens
 
 def codes_step(nets: dict, optimizers: dict, x: Tensor, config: dict) -> dict[str, Tensor]:
     """The hybrid's second stage: H learns, while the VAE stays as it is."""
-    found = discriminators_step(nets, optimizers, x, config)
+    judged = discriminators_step(nets, optimizers, x, config)
     with common.autocast(x, config):
         h_loss = codes_loss(nets, x, config, FROZEN_IMAGES)
     update([optimizers["H"]], ADVERSARIAL * h_loss)  # as in stage 3, where this Adam goes on
-    return found | {"h_loss": h_loss}
+    return judged | {"h_loss": h_loss}
 
 
 def vae_gan_step(nets: dict, optimizers: dict, x: Tensor, config: dict) -> dict[str, Tensor]:
     """The hybrid's third stage: the VAE learns too, to reconstruct and to deceive at once."""
-    found = discriminators_step(nets, optimizers, x, config)
+    judged = discriminators_step(nets, optimizers, x, config)
     with common.autocast(x, config):
         h_loss = codes_loss(nets, x, config, image_weight=1)
         losses = elbo_losses(nets["E"], nets["G"], x)
     update([optimizers["E"], optimizers["G"], optimizers["H"]],
            losses["loss"] + ADVERSARIAL * h_loss)
-    return losses | found | {"h_loss": h_loss}
+    return losses | judged | {"h_loss": h_loss}
 
 
 def step(nets: dict, optimizers: dict, x: Tensor, config: dict, stage: int) -> dict[str, Tensor]:
@@ -427,14 +427,14 @@ def train(run: common.Run, x_train: Tensor, x_val: Tensor, val_features: Tensor,
         if config["model"] == "tuned-gan":  # the rate falls to 0 along a line
             for optimizer in optimizers.values():
                 optimizer.param_groups[0]["lr"] = config["lr"] * (1 - (epoch - 1) / last)
-        steps = []
+        all_losses = []
         for batch in run.batches(len(x_train), device):
             losses = train_step(nets, optimizers, x_train[batch], config, stage)
             # cloned: compiled on CUDA, the next step writes into the same memory
-            steps.append({key: value.detach().clone() for key, value in losses.items()})
+            all_losses.append({key: value.detach().clone() for key, value in losses.items()})
         row = {}
-        for key in steps[0]:  # .item() once an epoch: it waits for a GPU
-            row[key] = torch.stack([losses[key] for losses in steps]).mean().item()
+        for key in all_losses[0]:  # .item() once an epoch: it waits for a GPU
+            row[key] = torch.stack([losses[key] for losses in all_losses]).mean().item()
 
         for net in nets.values():
             net.eval()
